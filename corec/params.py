@@ -1,0 +1,183 @@
+"""What a run may be told: one frozen model a stage, read from ``params/*.yaml`` or a notebook's parameters.
+
+Unknown names are refused with the nearest right one, so that a misspelt parameter never passes unnoticed.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from corec import CorecError
+
+
+class Model(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataParams(Model):
+    """Stage 01: which interactions, and how they are split."""
+
+    source: str = "ml-100k"  # a name in corec.data.SOURCES
+    path: str | None = None  # a folder with the source's files, instead of the download
+    protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
+    window: int = Field(6, ge=2)  # history items shown to the re-ranker (training with `paper`: one fewer)
+    core: int = Field(5, ge=1)  # leave-one-out: every user and item keeps at least so many interactions
+    min_interactions: int = Field(30, ge=3)  # paper: users with fewer are dropped
+    max_users: int = Field(3000, ge=1)  # paper: the users with the most interactions
+    latest: int = Field(50, ge=3)  # paper: each user's latest interactions
+
+
+class SasrecParams(Model):
+    """Stage 02: the retriever."""
+
+    hidden: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    max_length: int = Field(100, ge=2)  # latest interactions that the model sees
+    loss: Literal["ce", "bce"] = "ce"  # full softmax; or the original, one sampled negative a position
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(100, ge=1)
+    patience: int = Field(10, ge=1)  # epochs without a better validation NDCG@10 before it stops
+    top_k: int = Field(50, ge=1)  # candidates written for every window
+
+
+class ControlsParams(Model):
+    """Stage 03: attributes, candidates and requests."""
+
+    scheme: str = "movielens"  # corec/schemes/<name>.yaml, or the path of a YAML file
+    attributes: list[str] | None = None  # those under control; all of the scheme when empty
+    protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
+    k: int = Field(20, ge=2, le=50)  # candidates that are re-ranked
+    n_tokens: list[int] = [0, 1, 2, 3]  # constraints per request that are evaluated
+    insert_truth: bool = True  # training windows only: put the true next item in for the last candidate
+    max_windows: dict[str, int] = {"train": 20000, "valid": 200, "test": 1000}  # re-ranked windows per split
+
+
+class RerankerParams(Model):
+    """Stage 04: the language model and its training."""
+
+    backbone: str = "smollm2-135m"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    readout: Literal["index", "candidate", "late"] = "late"
+    pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the line's last token, or of all its tokens
+    head_width: int = Field(64, ge=1)  # late: width of the two projections
+    request_position: Literal["before", "after"] = "after"
+    values: Literal["token", "words"] = "token"  # an attribute value is one new token, or plain words
+    title_tokens: int = Field(12, ge=1)  # longer titles are cut
+    lora_r: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lr: float = Field(1e-3, gt=0)  # adapter
+    lr_head: float = Field(1e-3, gt=0)  # read-out head and the rows of the new tokens
+    warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
+    steps: int = Field(200, ge=1)  # optimiser steps on the whole prompt
+    curriculum_steps: int = Field(0, ge=0)  # before them: attributes only, no history, one-constraint requests
+    max_minutes: float = Field(30, gt=0)  # training ends here at the latest, its schedule cut to fit
+    batch_size: int = Field(8, ge=1)  # windows a step
+    requests_per_window: int = Field(8, ge=1)
+    truth_bonus: bool = True  # the true next item earns one point in the control score
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int = Field(20, ge=1)
+    eval_batch_size: int = Field(8, ge=1)
+
+
+class EvaluationParams(Model):
+    """Stage 05: metrics."""
+
+    ks: list[int] = [1, 3, 5, 10]
+    bootstrap: int = Field(1000, ge=10)  # resamples of the users
+    confidence: float = Field(0.95, gt=0, lt=1)
+    zero_shot: bool = True
+
+
+class FiguresParams(Model):
+    """Stage 06: the cut-off at which the figures are drawn."""
+
+    k: int = Field(5, ge=1)
+
+
+class Params(Model):
+    """All of a run."""
+
+    run: str = Field("tiny", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    data: DataParams = DataParams()
+    sasrec: SasrecParams = SasrecParams()
+    controls: ControlsParams = ControlsParams()
+    reranker: RerankerParams = RerankerParams()
+    evaluation: EvaluationParams = EvaluationParams()
+    figures: FiguresParams = FiguresParams()
+
+
+def validate(values: Mapping[str, Any], origin: str) -> Params:
+    """Check a run's parameters.
+
+    Raises
+    ------
+    CorecError
+        One sentence for the first fault: a misspelt name with the nearest right one, or a value out of range.
+    """
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        *stage, name = (str(part) for part in fault["loc"])
+        full = ".".join([*stage, name])
+        if fault["type"] == "extra_forbidden":
+            field = Params.model_fields[stage[0]].annotation if stage else Params
+            assert isinstance(field, type) and issubclass(field, Model)
+            near = difflib.get_close_matches(name, field.model_fields, n=1, cutoff=0)[0]
+            raise CorecError(f"{origin}: there is no parameter {full!r}: did you mean {near!r}?") from None
+        raise CorecError(f"{origin}: parameter {full!r} is {fault['input']!r}: {fault['msg']}.") from None
+    if params.sasrec.top_k < params.controls.k:
+        raise CorecError(
+            f"{origin}: sasrec.top_k is {params.sasrec.top_k}, fewer than the {params.controls.k} candidates of "
+            "controls.k: raise sasrec.top_k or lower controls.k."
+        )
+    if params.reranker.readout == "candidate" and params.reranker.request_position == "after":
+        raise CorecError(
+            f"{origin}: reranker.readout 'candidate' reads states that must have seen the request: "
+            "set reranker.request_position to 'before'."
+        )
+    if params.reranker.readout == "late" and params.reranker.request_position == "before":
+        raise CorecError(
+            f"{origin}: reranker.readout 'late' compares candidates with a request that follows them: "
+            "set reranker.request_position to 'after'."
+        )
+    return params
+
+
+def load(path: str | Path) -> Params:
+    """The parameters of a YAML file (raises CorecError as :func:`validate` does, or when there is no such file)."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise CorecError(f"There is no parameter file {path}: `ls params` lists those that come with COREC.") from None
+    except yaml.YAMLError as error:
+        raise CorecError(f"{path} is not YAML ({str(error).splitlines()[0]}): mend that line.") from None
+    if not isinstance(values, dict):
+        raise CorecError(f"{path} holds no parameters: write `name: value` lines.")
+    return validate(values, str(path))
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> Params:
+    """The parameters that a notebook's tagged cell and papermill have set, from its ``globals()``.
+
+    Every plain value (text, number, list, mapping) whose name has no leading underscore counts as a parameter,
+    so call this before any other variable is made.
+    """
+    plain = (str, int, float, bool, list, dict, type(None))
+    given = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
+    }
+    return validate(given, "this notebook")
