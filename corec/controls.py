@@ -1,0 +1,356 @@
+"""Stage 03: attributes as control values, candidate pools, requests and control scores.
+
+Everything rests on one boolean table, ``membership`` [items + 1, values]: which item has which value of which
+attribute. A request is a row of value numbers, padded with -1; it matches item i in constraint c_j where
+``membership[i, c_j]`` (method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import ValidationError, model_validator
+
+from corec import CorecError, paths
+from corec.params import ControlsParams, Model
+
+
+class Attribute(Model):
+    """One attribute of a scheme: the column it comes from and how its values become buckets."""
+
+    name: str
+    column: str
+    bucket: Literal["edges", "as_is", "each"] = "edges"
+    below: list[float] | None = None  # value < edge
+    up_to: list[float] | None = None  # value <= edge
+    labels: list[str] = []
+    in_history: bool = False
+
+    @model_validator(mode="after")
+    def _edges_have_labels(self) -> "Attribute":
+        edges = self.below if self.below is not None else self.up_to
+        if self.bucket == "edges" and (edges is None or len(self.labels) != len(edges) + 1):
+            raise ValueError("give `below` or `up_to`, and one label more than edges")
+        return self
+
+    def values(self, column: pd.Series) -> pd.Series:
+        """The list of labels of every item (empty where the attribute is missing)."""
+        if self.bucket == "each":
+            return column.map(lambda value: list(value) if isinstance(value, list | np.ndarray) else [])
+        if self.bucket == "as_is":
+            return column.map(lambda value: [str(value)] if pd.notna(value) and str(value).strip() else [])
+        edges = self.below if self.below is not None else self.up_to
+        assert edges is not None
+        side: Literal["left", "right"] = "right" if self.below is not None else "left"
+        numbers = column.to_numpy(dtype=float)
+        found = np.searchsorted(np.array(edges), np.nan_to_num(numbers), side=side)
+        return pd.Series(
+            [[] if np.isnan(number) else [self.labels[i]] for number, i in zip(numbers, found, strict=True)],
+            index=column.index,
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The attributes under control and all their values.
+
+    Attributes
+    ----------
+    attributes
+        In the scheme's order.
+    labels
+        The text of each value [values]; values of one attribute lie together.
+    attribute_of
+        Number of each value's attribute [values].
+    membership
+        [items + 1, values], True where the item has the value; row 0 (padding) is empty.
+    """
+
+    attributes: tuple[Attribute, ...]
+    labels: tuple[str, ...]
+    attribute_of: np.ndarray
+    membership: np.ndarray
+
+    def name(self, value: int) -> str:
+        """A value as a reader sees it: ``genre: Comedy``."""
+        return f"{self.attributes[self.attribute_of[value]].name}: {self.labels[value]}"
+
+    def known(self) -> np.ndarray:
+        """Which item has any value of which attribute [items + 1, attributes]."""
+        blocks = [
+            self.membership[:, self.attribute_of == number].any(axis=1) for number in range(len(self.attributes))
+        ]
+        return np.stack(blocks, axis=1)
+
+
+def load_scheme(name: str) -> tuple[Attribute, ...]:
+    """The attributes of a scheme that comes with COREC, or of a YAML file.
+
+    Raises
+    ------
+    CorecError
+        When there is no such scheme, or it is not well formed.
+    """
+    folder = Path(__file__).parent / "schemes"
+    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise CorecError(f"Parameter controls.scheme: there is no scheme {name!r}: name one of {known}, or a .yaml file.")
+    try:
+        return tuple(Attribute.model_validate(entry) for entry in yaml.safe_load(path.read_text())["attributes"])
+    except (ValidationError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CorecError(f"{path} is not a scheme ({str(error).splitlines()[-2:]}): compare it with movielens.yaml.") from None
+
+
+def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
+    """Bucket the items' attributes by the scheme.
+
+    Parameters
+    ----------
+    items
+        The items table of :mod:`corec.data`, items 1 … n in order.
+
+    Raises
+    ------
+    CorecError
+        When the items lack a column of the scheme, or `params.attributes` names one that the scheme has not.
+    """
+    attributes = load_scheme(params.scheme)
+    names = [attribute.name for attribute in attributes]
+    for name in params.attributes or []:
+        if name not in names:
+            raise CorecError(
+                f"Parameter controls.attributes: scheme {params.scheme!r} has no attribute {name!r}: "
+                f"choose among {', '.join(names)}."
+            )
+    attributes = tuple(entry for entry in attributes if not params.attributes or entry.name in params.attributes)
+    labels: list[str] = []
+    attribute_of: list[int] = []
+    columns: list[np.ndarray] = []
+    for number, attribute in enumerate(attributes):
+        if attribute.column not in items:
+            raise CorecError(
+                f"Scheme {params.scheme!r} wants the column {attribute.column!r}, which this data set lacks: "
+                "name a scheme that fits the data in controls.scheme."
+            )
+        lists = attribute.values(items[attribute.column])
+        found = {label for entry in lists for label in entry}
+        ordered = attribute.labels or sorted(found)
+        labels += ordered
+        attribute_of += [number] * len(ordered)
+        place = {label: i for i, label in enumerate(ordered)}
+        block = np.zeros((len(items) + 1, len(ordered)), dtype=bool)
+        for item, entry in zip(items["item"], lists, strict=True):
+            block[item, [place[label] for label in entry]] = True
+        columns.append(block)
+    return Vocabulary(attributes, tuple(labels), np.array(attribute_of), np.concatenate(columns, axis=1))
+
+
+class Pools(NamedTuple):
+    """The candidates to be re-ranked, in a shuffled order that tells nothing.
+
+    All arrays but `window` and `truth` are [windows, K].
+    """
+
+    window: np.ndarray  # [windows]
+    candidates: np.ndarray  # items
+    retriever_rank: np.ndarray  # 0 = the retriever's best; K where the truth was put in
+    retriever_score: np.ndarray
+    truth: np.ndarray  # [windows] place of the true next item, -1 where it is not among the candidates
+
+    def is_truth(self) -> np.ndarray:
+        """True where the candidate is the true next item [windows, K]."""
+        return np.arange(self.candidates.shape[1]) == self.truth[:, None]
+
+    def take(self, rows: np.ndarray) -> "Pools":
+        """Some of the windows."""
+        return Pools(*(values[rows] for values in self))
+
+
+def make_pools(
+    windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: int, insert_truth: bool = False
+) -> Pools:
+    """Take each window's K best candidates and shuffle them.
+
+    Parameters
+    ----------
+    windows, candidates
+        Tables of stages 01 and 02.
+    insert_truth
+        Put a true next item that was not retrieved in the place of the last candidate (training only).
+    """
+    table = windows[["window", "target"]].merge(candidates, on="window", validate="one_to_one")
+    items = np.stack(table["candidates"].to_numpy())[:, :k].copy()
+    scores = np.stack(table["scores"].to_numpy())[:, :k].astype(np.float32)
+    ranks = np.tile(np.arange(k), (len(items), 1))
+    target = table["target"].to_numpy()
+    if insert_truth:
+        missing = ~(items == target[:, None]).any(axis=1)
+        items[missing, -1] = target[missing]
+    order = np.random.default_rng([seed, 3]).random(items.shape).argsort(axis=1)
+    items, scores, ranks = (np.take_along_axis(values, order, axis=1) for values in (items, scores, ranks))
+    hit = items == target[:, None]
+    truth = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
+    return Pools(table["window"].to_numpy(), items, ranks, scores, truth)
+
+
+def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One index along the last axis with probability in proportion to `weights`; -1 where all are zero."""
+    total = weights.cumsum(axis=-1)
+    point = rng.random((*weights.shape[:-1], 1)) * total[..., -1:]
+    return np.where(total[..., -1] > 0, (total > point).argmax(axis=-1), -1)
+
+
+def _value_of(items: np.ndarray, attributes: np.ndarray, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    """For each item and attribute (same shape), one value that the item has; -1 where it has none."""
+    wanted = table.membership[items] & (table.attribute_of == attributes[..., None])
+    return _draw(wanted.astype(float), rng)
+
+
+def draw_requests(
+    pools: Pools, n: int, protocol: str, table: Vocabulary, rng: np.random.Generator
+) -> np.ndarray:
+    """One request of `n` constraints on `n` different attributes for every window [windows, n].
+
+    ``oracle`` (the paper's): all values are the true next item's where it is among the candidates; elsewhere
+    each is that of a candidate drawn for it alone. ``random-candidate``: all are those of one random candidate
+    that is not the true item. ``catalogue``: each is drawn by its frequency among all items.
+
+    A constraint that cannot be drawn, for want of a known attribute, is -1: no item meets it.
+
+    Raises
+    ------
+    CorecError
+        When `n` is larger than the number of attributes.
+    """
+    if n > len(table.attributes):
+        raise CorecError(
+            f"Parameter controls.n_tokens asks for {n} constraints, but only {len(table.attributes)} attributes are "
+            "under control: lower it."
+        )
+    n_windows, k = pools.candidates.shape
+    if n == 0:
+        return np.empty((n_windows, 0), dtype=int)
+    known = table.known()
+    keys = rng.random((n_windows, len(table.attributes)))
+    rows = np.arange(n_windows)
+    if protocol == "catalogue":
+        attributes = keys.argsort(axis=1)[:, :n]
+        frequency = table.membership.sum(axis=0).astype(float)
+        return _draw(frequency * (table.attribute_of == attributes[..., None]), rng)
+    if protocol == "oracle":
+        attributes = keys.argsort(axis=1)[:, :n]
+        drawn = np.take_along_axis(pools.candidates, rng.integers(0, k, (n_windows, n)), axis=1)
+        truth = pools.candidates[rows, pools.truth][:, None]
+        return _value_of(np.where(pools.truth[:, None] >= 0, truth, drawn), attributes, table, rng)
+    rich = known[pools.candidates].sum(axis=2)  # attributes known of each candidate
+    eligible = ~pools.is_truth()
+    enough = eligible & (rich >= np.minimum(n, (rich * eligible).max(axis=1, keepdims=True)))
+    item = pools.candidates[rows, _draw(enough.astype(float), rng)]
+    attributes = (keys + ~known[item]).argsort(axis=1)[:, :n]  # those that the item has come first
+    return _value_of(item[:, None], attributes, table, rng)
+
+
+def matches(candidates: np.ndarray, requests: np.ndarray, membership: np.ndarray) -> np.ndarray:
+    """Which candidate meets which constraint [..., K, n] (-1 in a request is met by none).
+
+    Parameters
+    ----------
+    candidates
+        Items [..., K].
+    requests
+        Value numbers [..., n].
+    """
+    met = membership[candidates[..., :, None], requests[..., None, :]]
+    return met & (requests >= 0)[..., None, :]
+
+
+def control_scores(met: np.ndarray, is_truth: np.ndarray | None = None) -> np.ndarray:
+    """Control score r [..., K] of `met` [..., K, n]: constraints met, plus one for the true next item if given."""
+    scores = met.sum(axis=-1)
+    return scores if is_truth is None else scores + is_truth
+
+
+def to_table(pools: Pools) -> pd.DataFrame:
+    """Pools as a table with one row a window (lists of K)."""
+    return pd.DataFrame({name: list(values) for name, values in pools._asdict().items()})
+
+
+def from_table(table: pd.DataFrame) -> Pools:
+    """The inverse of :func:`to_table`."""
+    return Pools(*(np.stack(table[name].to_numpy()) for name in Pools._fields))
+
+
+class Prepared(NamedTuple):
+    """What stage 03 leaves for the others: the vocabulary, pools by split, requests by split and length."""
+
+    table: Vocabulary
+    pools: dict[str, Pools]
+    requests: dict[tuple[str, int], np.ndarray]
+
+
+def prepare(
+    windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int
+) -> Prepared:
+    """Pools of every split, and the validation and test requests for every length in `params.n_tokens`.
+
+    Where a split has more windows than `params.max_windows` allows, a random sample of them is kept.
+    """
+    table = vocabulary(items, params)
+    pools, requests = {}, {}
+    for number, split in enumerate(("train", "valid", "test")):
+        rows = windows[windows["split"] == split]
+        limit = params.max_windows.get(split, len(rows))
+        rows = rows.sample(n=min(limit, len(rows)), random_state=seed).sort_values("window")
+        pools[split] = make_pools(rows, candidates, params.k, seed, params.insert_truth and split == "train")
+        for n in params.n_tokens if split != "train" else []:
+            rng = np.random.default_rng([seed, number, n])
+            requests[split, n] = draw_requests(pools[split], n, params.protocol, table, rng)
+    return Prepared(table, pools, requests)
+
+
+def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
+    """How well the pools can serve the requests, a row for each number of constraints.
+
+    ``matching``: mean number of candidates that meet all constraints; ``empty``: share of windows where none
+    does; ``truth_violates``: share of windows whose true next item, when retrieved, misses a constraint.
+    """
+    pools, rows = prepared.pools[split], []
+    for (part, n), request in prepared.requests.items():
+        if part == split and n > 0:
+            all_met = matches(pools.candidates, request, prepared.table.membership).all(axis=2)
+            hit = pools.truth >= 0
+            violates = ~all_met[np.flatnonzero(hit), pools.truth[hit]]
+            rows.append((n, all_met.sum(axis=1).mean(), (~all_met.any(axis=1)).mean(), violates.mean()))
+    return pd.DataFrame(rows, columns=["n_tokens", "matching", "empty", "truth_violates"])
+
+
+def save(prepared: Prepared, folder: Path) -> list[Path]:
+    """Write pools and requests as parquet; returns the files."""
+    files = []
+    for split, pools in prepared.pools.items():
+        files.append(folder / f"pools_{split}.parquet")
+        to_table(pools).to_parquet(files[-1], index=False)
+    rows: list[dict[str, Any]] = [
+        {"split": split, "n_tokens": n, "window": window, "request": request}
+        for (split, n), requests in prepared.requests.items()
+        for window, request in zip(prepared.pools[split].window, requests, strict=True)
+    ]
+    files.append(folder / "requests.parquet")
+    pd.DataFrame(rows).to_parquet(files[-1], index=False)
+    return files
+
+
+def load(run: str, items: pd.DataFrame, params: ControlsParams) -> Prepared:
+    """What stage 03 of a run has left (raises CorecError when it has not finished)."""
+    paths.require(run, "controls")
+    folder = paths.stage_dir(run, "controls")
+    pools = {split: from_table(pd.read_parquet(folder / f"pools_{split}.parquet")) for split in ("train", "valid", "test")}
+    requests = {
+        (str(split), int(n)): np.stack(table["request"].to_numpy()).astype(int)  # type: ignore[call-overload]
+        for (split, n), table in pd.read_parquet(folder / "requests.parquet").groupby(["split", "n_tokens"])
+    }
+    return Prepared(vocabulary(items, params), pools, requests)
