@@ -1,0 +1,526 @@
+"""Stage 04: the language model that re-ranks K candidates under a request in one forward pass.
+
+A window becomes a *prefix* (instruction, history, candidates) and one or more *suffixes* (a request each). With
+``request_position: after`` all suffixes of a window share one prefix: they lie behind it in one row, each seeing
+the prefix and itself only, its positions counted from the prefix's end. With ``before`` (the paper's order) the
+request is part of the prefix, so every request is a row of its own.
+
+Read-outs (`late` and `candidate` are ours, for small backbones):
+
+- ``index``: s_i = logit of candidate i's index token where the answer would come (the paper's).
+- ``candidate``: s_i = w · h_i, with h_i the state of candidate i's line, which has seen the request.
+- ``late``: s_i = (P h_i) · (Q g) / sqrt(width) + w · h_i, with g the state of the request that follows.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corec import CorecError, backbones, controls, paths
+from corec.controls import Pools, Vocabulary
+from corec.params import Params, RerankerParams
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAX_K = 50
+
+
+def letters(place: int) -> str:
+    """Index of a candidate as a reader sees it: A … Z, then AA, AB, …"""
+    return (chr(64 + place // 26) if place >= 26 else "") + chr(65 + place % 26)
+
+
+def index_token(place: int) -> str:
+    """The dedicated token of a candidate's index: one token for every K, unlike letters."""
+    return f"<candidate {letters(place)}>"
+
+
+def value_token(table: Vocabulary, value: int) -> str:
+    """The token of one attribute value, e.g. ``<genre: Comedy>``."""
+    return f"<{table.name(value)}>"
+
+
+def new_tokens(table: Vocabulary, params: RerankerParams) -> dict[str, str]:
+    """All tokens to be added, each with the words its row starts from."""
+    tokens = {f"<{attribute.name}>": f" {attribute.name}" for attribute in table.attributes}
+    if params.values == "token":
+        tokens |= {
+            value_token(table, value): f" {table.attributes[table.attribute_of[value]].name} {label}"
+            for value, label in enumerate(table.labels)
+        }
+    if params.readout == "index":
+        tokens |= {index_token(place): f" {letters(place)}" for place in range(MAX_K)}
+    return tokens
+
+
+def extend_tokenizer(model: Any, tokenizer: Any, tokens: dict[str, str]) -> list[int]:
+    """Add tokens to tokenizer and model; each new row starts as the mean of its words' rows.
+
+    All are added in one call (a second would replace the first list). Returns their numbers.
+    """
+    before = len(tokenizer)
+    pieces = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in tokens.values()]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    added = list(range(before, before + len(tokens)))
+    assert tokenizer.convert_tokens_to_ids(list(tokens)) == added, "new tokens must be new and in order"
+    model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
+    with torch.no_grad():
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            layer.weight[added] = torch.stack([layer.weight[ids].float().mean(0) for ids in pieces]).to(layer.weight.dtype)
+    return added
+
+
+class Row(NamedTuple):
+    """One sequence for the model: a prefix with its candidates, and the suffixes that share it."""
+
+    prefix: list[int]
+    spans: list[tuple[int, int]]  # start and end of each candidate's line in the prefix
+    suffixes: list[list[int]]
+
+
+class Prompter:
+    """Builds rows from windows; tokenises every item once.
+
+    Parameters
+    ----------
+    tokenizer
+        Already extended.
+    items
+        The items table.
+    table
+        Attributes and values.
+    params
+        Position of the request, form of the values, read-out.
+    """
+
+    def __init__(self, tokenizer: Any, items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> None:
+        self.params, self.table = params, table
+        self._encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._ids = {token: i for token, i in tokenizer.get_added_vocab().items()}
+        titles = tokenizer(items["title"].tolist(), add_special_tokens=False)["input_ids"]
+        self.titles = [[], *(ids[: params.title_tokens] for ids in titles)]
+        in_history = np.array([attribute.in_history for attribute in table.attributes])
+        self.values = [self._value_ids(values) for values in range(len(table.labels))]
+        owned = [np.flatnonzero(row) for row in table.membership]
+        self.described = [self._describe(values) for values in owned]
+        self.described_short = [self._describe(values[in_history[table.attribute_of[values]]]) for values in owned]
+        self.newline, self.between = self._encode("\n"), self._encode(" |||") if params.values == "words" else []
+        self.heading_history = self._encode("The user's history, oldest first:\n")
+        self.heading_candidates = self._encode("Rank these candidates for the user's next choice:\n")
+        self.heading_request = self._encode("Control Tokens:")
+        self.question = self._encode("\nThe best candidate is:") if params.readout == "index" else self.newline
+
+    def _value_ids(self, value: int) -> list[int]:
+        """Tokens of one value, as in a request."""
+        name = self.table.attributes[self.table.attribute_of[value]].name
+        if self.params.values == "token":
+            return [self._ids[value_token(self.table, value)]]
+        return [self._ids[f"<{name}>"], *self._encode(f" {self.table.labels[value]}")]
+
+    def _describe(self, values: np.ndarray) -> list[int]:
+        """Tokens of an item's values, as in its line."""
+        return [token for value in values for token in self.values[value]]
+
+    def request(self, values: Sequence[int]) -> list[int]:
+        """Tokens of a request: its constraints in order; none for an empty one."""
+        ids = list(self.heading_request)
+        for place, value in enumerate(value for value in values if value >= 0):
+            ids += (self.between if place else []) + self.values[value]
+        return ids
+
+    def row(
+        self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool = False
+    ) -> Row:
+        """One row of a window.
+
+        Parameters
+        ----------
+        history, candidates
+            Items.
+        requests
+            Value numbers of each request; with ``request_position: before`` exactly one.
+        plain
+            Attributes only, no titles and no history: the curriculum's first part.
+        """
+        ids: list[int] = []
+        if not plain:
+            ids += self.heading_history
+            for item in history:
+                ids += self.titles[item] + self.described_short[item] + self.newline
+        before = self.params.request_position == "before"
+        if before:
+            assert len(requests) == 1, "a request before the candidates has a row of its own"
+            ids += self.request(requests[0]) + self.newline
+        ids += self.heading_candidates
+        spans = []
+        for place, item in enumerate(candidates):
+            start = len(ids)
+            if self.params.readout == "index":
+                ids.append(self._ids[index_token(place)])
+            ids += ([] if plain else self.titles[item]) + self.described[item] + self.newline
+            spans.append((start, len(ids)))
+        suffixes = [(self.newline if before else self.request(values)) + self.question for values in requests]
+        return Row(ids, spans, suffixes)
+
+
+class Batch(NamedTuple):
+    """Rows as tensors. L is the longest row; R and K are the most requests and candidates of a row."""
+
+    ids: Tensor  # [batch, L]
+    positions: Tensor  # [batch, L]
+    mask: Tensor  # [batch, 1, L, L], True where the row may see the column
+    candidates: Tensor  # [batch, K, L] weights that pool states to candidates
+    requests: Tensor  # [batch, R, L] weights that pool states to requests
+    answers: Tensor  # [batch, R] place of the last token of each suffix
+
+
+def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | str = "cpu") -> Batch:
+    """Pad rows on the right and lay out who sees whom.
+
+    A suffix sees the prefix and its own earlier tokens. Padding sees itself only, and nothing sees it.
+    """
+    lengths = [len(row.prefix) + sum(map(len, row.suffixes)) for row in rows]
+    size, n = max(lengths), len(rows)
+    k, r = max(len(row.spans) for row in rows), max(len(row.suffixes) for row in rows)
+    ids, positions = np.full((n, size), pad), np.zeros((n, size), dtype=int)
+    owner = np.full((n, size), -1)  # 0 = prefix, 1 … R = suffix, -1 = padding
+    candidates, requests = np.zeros((n, k, size), dtype=np.float32), np.zeros((n, r, size), dtype=np.float32)
+    answers = np.zeros((n, r), dtype=int)
+    for b, row in enumerate(rows):
+        end = len(row.prefix)
+        ids[b, :end], positions[b, :end], owner[b, :end] = row.prefix, np.arange(end), 0
+        for place, (first, last) in enumerate(row.spans):
+            first = last - 1 if pooling == "end" else first
+            candidates[b, place, first:last] = 1 / (last - first)
+        start = end
+        for place, suffix in enumerate(row.suffixes):
+            stop = start + len(suffix)
+            ids[b, start:stop] = suffix
+            positions[b, start:stop] = np.arange(end, end + len(suffix))
+            owner[b, start:stop] = place + 1
+            first = stop - 1 if pooling == "end" else start
+            requests[b, place, first:stop] = 1 / (stop - first)
+            answers[b, place], start = stop - 1, stop
+    whose = torch.from_numpy(owner)
+    mask = (whose[:, :, None] == whose[:, None, :]) | (whose[:, None, :] == 0)
+    mask = mask & (whose >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
+    mask = mask | torch.eye(size, dtype=torch.bool)
+    tensors = (torch.from_numpy(ids), torch.from_numpy(positions), mask[:, None])
+    tensors += (torch.from_numpy(candidates), torch.from_numpy(requests), torch.from_numpy(answers))
+    return Batch(*(tensor.to(device) for tensor in tensors))
+
+
+class Head(nn.Module):
+    """What turns states into scores for the read-outs `candidate` and `late` (float32).
+
+    P and Q start equal, so that the product starts as a similarity of the two states.
+    """
+
+    def __init__(self, hidden: int, params: RerankerParams) -> None:
+        super().__init__()
+        self.relevance = nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.relevance.weight)
+        if params.readout == "late":
+            self.candidate = nn.Linear(hidden, params.head_width, bias=False)
+            self.request = nn.Linear(hidden, params.head_width, bias=False)
+            self.request.weight = nn.Parameter(self.candidate.weight.detach().clone())
+
+    def forward(self, candidates: Tensor, requests: Tensor) -> Tensor:
+        """Scores [batch, R, K] of states [batch, K, hidden] under requests [batch, R, hidden]."""
+        candidates, requests = (F.layer_norm(states, states.shape[-1:]) for states in (candidates, requests))
+        relevance = self.relevance(candidates).transpose(1, 2)  # [batch, 1, K]
+        if not hasattr(self, "candidate"):
+            return relevance.expand(-1, requests.shape[1], -1)
+        ours, theirs = self.candidate(candidates), self.request(requests)
+        return theirs @ ours.transpose(1, 2) / math.sqrt(ours.shape[-1]) + relevance
+
+
+def ranknet(scores: Tensor, control: Tensor) -> Tensor:
+    """RankNet on control scores: mean of softplus(-(s_i - s_j)) over all pairs with r_i > r_j, then over requests.
+
+    Parameters
+    ----------
+    scores, control
+        s and r, both [..., K]. A request all of whose r are equal has no pair and a loss of 0.
+    """
+    above = control[..., :, None] > control[..., None, :]
+    terms = F.softplus(scores[..., None, :] - scores[..., :, None]) * above
+    return (terms.sum((-1, -2)) / above.sum((-1, -2)).clamp(min=1)).mean()
+
+
+@dataclass
+class Reranker:
+    """A backbone with adapter, tokenizer, read-out head and prompter. Made by :func:`build` or :func:`load`."""
+
+    model: Any  # peft's model, or the bare backbone
+    tokenizer: Any
+    head: Head
+    prompter: Prompter
+    params: RerankerParams
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
+        batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
+        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        states = causal.base_model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=batch.mask,
+            use_cache=False,
+        ).last_hidden_state  # [rows, L, hidden]
+        if self.params.readout == "index":
+            last = states[torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
+            wanted = self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(len(rows[0].spans))])
+            return causal.get_output_embeddings()(last)[..., wanted].float()
+        return self.head(batch.candidates @ states.float(), batch.requests @ states.float())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that training moves, by name."""
+        named = {f"model.{name}": value for name, value in self.model.named_parameters() if value.requires_grad}
+        if self.params.readout != "index":
+            named |= {f"head.{name}": value for name, value in self.head.named_parameters()}
+        return named
+
+
+def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapt: bool = True) -> Reranker:
+    """A re-ranker on a fresh backbone.
+
+    Parameters
+    ----------
+    items, table
+        Of stages 01 and 03.
+    adapt
+        Add LoRA and trainable rows for the new tokens; without, the model is the zero-shot baseline.
+    """
+    torch.manual_seed(seed)
+    model, tokenizer = backbones.load(params.backbone, getattr(torch, params.dtype))
+    added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
+    if adapt:
+        lora = LoraConfig(
+            r=params.lora_r,
+            lora_alpha=params.lora_alpha,
+            lora_dropout=params.lora_dropout,
+            target_modules=TARGETS,
+            trainable_token_indices=token_layers(model, added),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        if params.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    head = Head(model.config.hidden_size, params)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params)
+
+
+def token_layers(model: Any, added: list[int]) -> dict[str, list[int]]:
+    """peft's ``trainable_token_indices``: the input embedding, and the output layer too where it is untied."""
+    layers = {"input": model.get_input_embeddings()}
+    if not model.config.tie_word_embeddings:
+        layers["output"] = model.get_output_embeddings()
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    return {names[id(layer)]: added for layer in layers.values()}
+
+
+class Examples(NamedTuple):
+    """What the re-ranker reads of a run: histories by window, and stage 03's pools and vocabulary."""
+
+    history: dict[int, list[int]]
+    prepared: controls.Prepared
+
+
+def load_examples(windows: pd.DataFrame, prepared: controls.Prepared) -> Examples:
+    """Histories of the windows that were kept, beside their pools."""
+    kept = np.concatenate([pools.window for pools in prepared.pools.values()])
+    rows = windows.set_index("window").loc[kept, "history"]
+    return Examples({window: list(history) for window, history in rows.items()}, prepared)
+
+
+def make_rows(
+    reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], plain: bool = False
+) -> list[Row]:
+    """Rows of some windows under several requests each.
+
+    Parameters
+    ----------
+    requests
+        One array [windows, n] for each request; n may differ.
+
+    Returns
+    -------
+    One row a window (`after`), or one a window and request, a window's requests together (`before`).
+    """
+    rows = []
+    for i, window in enumerate(pools.window):
+        given = [request[i] for request in requests]
+        groups = [given] if reranker.params.request_position == "after" else [[request] for request in given]
+        rows += [reranker.prompter.row(examples.history[window], pools.candidates[i], g, plain) for g in groups]
+    return rows
+
+
+@torch.inference_mode()
+def score(
+    reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], report: str | None = None
+) -> np.ndarray:
+    """Scores [windows, R, K] of every window's candidates under its R requests.
+
+    Rows are batched by length, so that little padding is computed.
+
+    Parameters
+    ----------
+    requests
+        R arrays [windows, n].
+    report
+        What to call this in a progress line, printed every 20 s.
+    """
+    reranker.model.eval()
+    rows = make_rows(reranker, examples, pools, requests)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prefix))
+    result, shown = np.empty((len(rows), len(rows[0].suffixes), pools.candidates.shape[1]), np.float32), time.monotonic()
+    size = reranker.params.eval_batch_size
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        result[part] = reranker.forward([rows[i] for i in part]).cpu().numpy()
+        if report and time.monotonic() - shown > 20:
+            print(f"{report}: {start + len(part)} of {len(rows)} prompts", flush=True)
+            shown = time.monotonic()
+    return result.reshape(len(pools.window), len(requests), -1)
+
+
+class TrainingBatch(NamedTuple):
+    """One optimiser step's windows with their requests and control scores."""
+
+    pools: Pools
+    requests: list[np.ndarray]  # R arrays [windows, n]
+    control: np.ndarray  # [windows, R, K]
+    plain: bool
+
+
+def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
+    """The batch of a step, drawn from the seed and the step alone, so that resuming repeats nothing.
+
+    In the first `curriculum_steps` steps prompts are plain and every request has one constraint; afterwards a
+    window's requests go through the lengths of ``controls.n_tokens`` in turn.
+    """
+    settings, prepared = params.reranker, examples.prepared
+    rng = np.random.default_rng([params.seed, 4, step])
+    plain = step < settings.curriculum_steps
+    pools = prepared.pools["train"]
+    pools = pools.take(rng.choice(len(pools.window), min(settings.batch_size, len(pools.window)), replace=False))
+    lengths = [1] if plain else params.controls.n_tokens
+    lengths = [lengths[i % len(lengths)] for i in range(settings.requests_per_window)]
+    requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
+    truth = pools.is_truth() if settings.truth_bonus and not plain else None
+    control = [
+        controls.control_scores(controls.matches(pools.candidates, request, prepared.table.membership), truth)
+        for request in requests
+    ]
+    return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)
+
+
+class Master:
+    """Adam on float32 copies of the parameters: bfloat16 alone would swallow small updates."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams) -> None:
+        self.parameters = parameters
+        self.copies = {name: value.detach().float().clone().requires_grad_() for name, value in parameters.items()}
+        fast = [value for name, value in self.copies.items() if name.startswith("head.") or "token" in name]
+        slow = [value for name, value in self.copies.items() if not (name.startswith("head.") or "token" in name)]
+        groups = [{"params": slow, "base": params.lr}, {"params": fast, "base": params.lr_head}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+
+    def step(self, scale: float) -> float:
+        """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it."""
+        for name, copy in self.copies.items():
+            gradient = self.parameters[name].grad
+            copy.grad = None if gradient is None else gradient.float()
+            self.parameters[name].grad = None
+        norm = nn.utils.clip_grad_norm_(self.copies.values(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * scale
+        self.optimizer.step()
+        self.copy_back()
+        return float(norm)
+
+    @torch.no_grad()
+    def copy_back(self) -> None:
+        """Write the copies into the model."""
+        for name, copy in self.copies.items():
+            self.parameters[name].copy_(copy)
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Learning-rate factor after a share `progress` of training: linear warm-up, then a cosine to 0."""
+    if progress < warmup:
+        return max(progress / warmup, 0.02)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
+
+
+def train(reranker: Reranker, examples: Examples, params: Params, folder: Path, report: float = 20) -> pd.DataFrame:
+    """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
+
+    Training ends after ``curriculum_steps + steps`` steps, or at `max_minutes`: then the schedule follows the
+    clock instead, so that the learning rate still ends at 0.
+
+    Returns
+    -------
+    One row a step: ``step plain loss seconds tokens``.
+    """
+    settings = params.reranker
+    master = Master(reranker.trainable(), settings)
+    total = settings.curriculum_steps + settings.steps
+    checkpoint, rows, spent = folder / "checkpoint.pt", [], 0.0
+    identity = paths.digest(params.model_dump(mode="json"))
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=reranker.device, weights_only=True)
+        if saved["identity"] == identity:
+            rows, spent = saved["rows"], saved["spent"]
+            with torch.no_grad():
+                for name, copy in master.copies.items():
+                    copy.copy_(saved["copies"][name])
+            master.copy_back()
+            master.optimizer.load_state_dict(saved["optimizer"])
+            print(f"resumed after step {len(rows)}", flush=True)
+    started, shown = time.monotonic() - spent, time.monotonic()
+    while len(rows) < total and time.monotonic() - started < 60 * settings.max_minutes:
+        step = len(rows)
+        reranker.model.train()
+        torch.manual_seed(params.seed * 1_000_003 + step)
+        batch = training_batch(examples, params, step)
+        prompts = make_rows(reranker, examples, batch.pools, batch.requests, batch.plain)
+        scores = reranker.forward(prompts)  # [rows, R, K]
+        control = torch.from_numpy(batch.control).to(reranker.device)
+        value = ranknet(scores.reshape(control.shape), control)
+        value.backward()  # type: ignore[no-untyped-call]
+        progress = max(step / total, (time.monotonic() - started) / (60 * settings.max_minutes))
+        master.step(schedule(progress, settings.warmup))
+        spent = time.monotonic() - started
+        tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
+        rows.append([step, batch.plain, value.item(), spent, tokens])
+        if not math.isfinite(value.item()):
+            raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
+        if time.monotonic() - shown > report or step + 1 == total:
+            recent = np.mean([row[2] for row in rows[-10:]])
+            print(f"step {step + 1} of {total}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)
+            shown = time.monotonic()
+        if len(rows) % settings.checkpoint_steps == 0 and len(rows) < total:
+            part = checkpoint.with_suffix(".part")
+            state = {"identity": identity, "rows": rows, "spent": spent, "copies": master.copies}
+            torch.save(state | {"optimizer": master.optimizer.state_dict()}, part)
+            part.replace(checkpoint)
+    return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
