@@ -297,7 +297,8 @@ def prepare(
 ) -> Prepared:
     """Pools of every split, and the validation and test requests for every length in `params.n_tokens`.
 
-    Where a split has more windows than `params.max_windows` allows, a random sample of them is kept.
+    Where a split has more windows than `params.max_windows` allows, a random sample of them is kept; of the training
+    windows then only those that `params.train_truth` wants.
     """
     table = vocabulary(items, params)
     pools, requests = {}, {}
@@ -305,7 +306,15 @@ def prepare(
         rows = windows[windows["split"] == split]
         limit = params.max_windows.get(split, len(rows))
         rows = rows.sample(n=min(limit, len(rows)), random_state=seed).sort_values("window")
-        pools[split] = make_pools(rows, candidates, params.k, seed, params.insert_truth and split == "train")
+        chosen = params.train_truth if split == "train" else "any"
+        pools[split] = make_pools(rows, candidates, params.k, seed, insert_truth=chosen == "inserted")
+        if chosen == "retrieved":
+            pools[split] = pools[split].take(pools[split].truth >= 0)
+            if not len(pools[split].window):
+                raise CorecError(
+                    "Parameter controls.train_truth is 'retrieved', but SASRec found no training window's next item: "
+                    "raise controls.k or sasrec.epochs, or set it to 'any'."
+                )
         for n in params.n_tokens if split != "train" else []:
             rng = np.random.default_rng([seed, number, n])
             requests[split, n] = draw_requests(pools[split], n, params.protocol, table, rng)

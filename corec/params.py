@@ -57,7 +57,9 @@ class ControlsParams(Model):
     protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
     k: int = Field(20, ge=2, le=50)  # candidates that are re-ranked
     n_tokens: list[int] = [0, 1, 2, 3]  # constraints per request that are evaluated
-    insert_truth: bool = True  # training windows only: put the true next item in for the last candidate
+    # Training windows: keep all; keep those whose true next item was retrieved; or put a missing one in for the
+    # last candidate (which teaches that unlikely items are the true ones).
+    train_truth: Literal["any", "retrieved", "inserted"] = "retrieved"
     max_windows: dict[str, int] = {"train": 20000, "valid": 200, "test": 1000}  # re-ranked windows per split
 
 
@@ -65,10 +67,11 @@ class RerankerParams(Model):
     """Stage 04: the language model and its training."""
 
     backbone: str = "smollm2-135m"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster on this machine
     readout: Literal["index", "candidate", "late"] = "late"
     pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the line's last token, or of all its tokens
-    head_width: int = Field(64, ge=1)  # late: width of the two projections
+    layers: Literal["last", "mix"] = "mix"  # candidate, late: states of the last layer, or a learned mix of all
+    head_width: int = Field(64, ge=1)  # late: width of the two projections P and Q
     request_position: Literal["before", "after"] = "after"
     values: Literal["token", "words"] = "token"  # an attribute value is one new token, or plain words
     title_tokens: int = Field(12, ge=1)  # longer titles are cut
@@ -76,17 +79,19 @@ class RerankerParams(Model):
     lora_alpha: int = Field(16, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lr: float = Field(1e-3, gt=0)  # adapter
-    lr_head: float = Field(1e-3, gt=0)  # read-out head and the rows of the new tokens
+    lr_head: float = Field(1e-3, gt=0)  # read-out head
+    lr_rows: float = Field(1e-2, gt=0)  # embedding rows of the new tokens
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
-    steps: int = Field(200, ge=1)  # optimiser steps on the whole prompt
-    curriculum_steps: int = Field(0, ge=0)  # before them: attributes only, no history, one-constraint requests
+    steps: int = Field(100, ge=1)  # optimiser steps on the whole prompt
+    curriculum_steps: int = Field(60, ge=0)  # before them: attributes only, no history, short requests first
     max_minutes: float = Field(30, gt=0)  # training ends here at the latest, its schedule cut to fit
-    batch_size: int = Field(8, ge=1)  # windows a step
-    requests_per_window: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)  # windows a step
+    requests_per_window: int = Field(16, ge=1)
     truth_bonus: bool = True  # the true next item earns one point in the control score
     gradient_checkpointing: bool = False
     checkpoint_steps: int = Field(20, ge=1)
     eval_batch_size: int = Field(8, ge=1)
+    compare_steps: int = Field(0, ge=0)  # also train every read-out for so many plain steps, to compare them
 
 
 class EvaluationParams(Model):

@@ -12,10 +12,9 @@ Read-outs (`late` and `candidate` are ours, for small backbones):
 - ``late``: s_i = (P h_i) · (Q g) / sqrt(width) + w · h_i, with g the state of the request that follows.
 """
 
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,11 +223,14 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
 class Head(nn.Module):
     """What turns states into scores for the read-outs `candidate` and `late` (float32).
 
-    P and Q start equal, so that the product starts as a similarity of the two states.
+    States come from the last layer, or from a mix of all layers with learned weights (softmax, equal at the
+    start; ELMo's scalar mix): the last layer of a language model tells of the token to come, lower ones of the
+    token itself. P and Q start equal, so that the product starts as a similarity of the two states.
     """
 
-    def __init__(self, hidden: int, params: RerankerParams) -> None:
+    def __init__(self, hidden: int, layers: int, params: RerankerParams) -> None:
         super().__init__()
+        self.mix = nn.Parameter(torch.zeros(layers if params.layers == "mix" else 1))
         self.relevance = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.relevance.weight)
         if params.readout == "late":
@@ -236,9 +238,14 @@ class Head(nn.Module):
             self.request = nn.Linear(hidden, params.head_width, bias=False)
             self.request.weight = nn.Parameter(self.candidate.weight.detach().clone())
 
+    def pool(self, weights: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """Mixed, pooled states [batch, N, hidden] of `states` [batch, L, hidden] a layer, by `weights` [batch, N, L]."""
+        shares = self.mix.softmax(0)
+        pooled = (F.layer_norm(weights @ layer.float(), layer.shape[-1:]) for layer in states)
+        return sum((share * layer for share, layer in zip(shares, pooled, strict=True)), start=torch.zeros(()))
+
     def forward(self, candidates: Tensor, requests: Tensor) -> Tensor:
         """Scores [batch, R, K] of states [batch, K, hidden] under requests [batch, R, hidden]."""
-        candidates, requests = (F.layer_norm(states, states.shape[-1:]) for states in (candidates, requests))
         relevance = self.relevance(candidates).transpose(1, 2)  # [batch, 1, K]
         if not hasattr(self, "candidate"):
             return relevance.expand(-1, requests.shape[1], -1)
@@ -278,17 +285,21 @@ class Reranker:
         """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
         batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
         causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        states = causal.base_model(
+        mixed = self.params.readout != "index" and self.params.layers == "mix"
+        output = causal.base_model(
             input_ids=batch.ids,
             position_ids=batch.positions,
             attention_mask=batch.mask,
             use_cache=False,
-        ).last_hidden_state  # [rows, L, hidden]
+            output_hidden_states=mixed,
+        )
+        states = output.last_hidden_state  # [rows, L, hidden]
         if self.params.readout == "index":
             last = states[torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
             wanted = self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(len(rows[0].spans))])
             return causal.get_output_embeddings()(last)[..., wanted].float()
-        return self.head(batch.candidates @ states.float(), batch.requests @ states.float())
+        layers = output.hidden_states if mixed else (states,)
+        return self.head(*(self.head.pool(weights, layers) for weights in (batch.candidates, batch.requests)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""
@@ -296,6 +307,28 @@ class Reranker:
         if self.params.readout != "index":
             named |= {f"head.{name}": value for name, value in self.head.named_parameters()}
         return named
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
+
+    A GPU takes bfloat16. Among CPUs, those with bfloat16 instructions multiply it several times faster than
+    float32, and those without several times slower, so one small product of each is timed.
+    """
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapt: bool = True) -> Reranker:
@@ -309,7 +342,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         Add LoRA and trainable rows for the new tokens; without, the model is the zero-shot baseline.
     """
     torch.manual_seed(seed)
-    model, tokenizer = backbones.load(params.backbone, getattr(torch, params.dtype))
+    model, tokenizer = backbones.load(params.backbone, resolve_dtype(params.dtype))
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
     if adapt:
         lora = LoraConfig(
@@ -323,9 +356,18 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    head = Head(model.config.hidden_size, params)
+    head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params)
+
+
+def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
+    """The bare backbone as a re-ranker: read-out `index`, values in plain words, nothing trained.
+
+    A new token's row is the mean of its words', so it reads an attribute's name as that word.
+    """
+    plain = {"readout": "index", "request_position": "after", "values": "words"}
+    return build(items, table, params.model_copy(update=plain), seed=0, adapt=False)
 
 
 def token_layers(model: Any, added: list[int]) -> dict[str, list[int]]:
@@ -414,15 +456,17 @@ class TrainingBatch(NamedTuple):
 def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
     """The batch of a step, drawn from the seed and the step alone, so that resuming repeats nothing.
 
-    In the first `curriculum_steps` steps prompts are plain and every request has one constraint; afterwards a
-    window's requests go through the lengths of ``controls.n_tokens`` in turn.
+    In the first `curriculum_steps` steps prompts are plain: one constraint a request in the first half of them, then
+    the lengths of ``controls.n_tokens`` in turn without 0. Afterwards a window's requests go through all lengths.
     """
     settings, prepared = params.reranker, examples.prepared
     rng = np.random.default_rng([params.seed, 4, step])
     plain = step < settings.curriculum_steps
     pools = prepared.pools["train"]
     pools = pools.take(rng.choice(len(pools.window), min(settings.batch_size, len(pools.window)), replace=False))
-    lengths = [1] if plain else params.controls.n_tokens
+    lengths = params.controls.n_tokens
+    if plain:
+        lengths = [1] if 2 * step < settings.curriculum_steps else [n for n in lengths if n] or [1]
     lengths = [lengths[i % len(lengths)] for i in range(settings.requests_per_window)]
     requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
     truth = pools.is_truth() if settings.truth_bonus and not plain else None
@@ -439,10 +483,17 @@ class Master:
     def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams) -> None:
         self.parameters = parameters
         self.copies = {name: value.detach().float().clone().requires_grad_() for name, value in parameters.items()}
-        fast = [value for name, value in self.copies.items() if name.startswith("head.") or "token" in name]
-        slow = [value for name, value in self.copies.items() if not (name.startswith("head.") or "token" in name)]
-        groups = [{"params": slow, "base": params.lr}, {"params": fast, "base": params.lr_head}]
+        rates = {"head": params.lr_head, "rows": params.lr_rows, "adapter": params.lr}
+        groups = [
+            {"params": [copy for name, copy in self.copies.items() if self.kind(name) == kind], "base": rate}
+            for kind, rate in rates.items()
+        ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+
+    @staticmethod
+    def kind(name: str) -> str:
+        """Which learning rate a parameter has: ``head``, ``rows`` (of the new tokens) or ``adapter``."""
+        return "head" if name.startswith("head.") else "rows" if "trainable_tokens" in name else "adapter"
 
     def step(self, scale: float) -> float:
         """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it."""
@@ -471,11 +522,20 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
 
 
-def train(reranker: Reranker, examples: Examples, params: Params, folder: Path, report: float = 20) -> pd.DataFrame:
+def train(
+    reranker: Reranker, examples: Examples, params: Params, folder: Path | None, stop_after: int | None = None
+) -> pd.DataFrame:
     """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
 
     Training ends after ``curriculum_steps + steps`` steps, or at `max_minutes`: then the schedule follows the
     clock instead, so that the learning rate still ends at 0.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints go; without one none is kept.
+    stop_after
+        Stop after so many steps, as if interrupted.
 
     Returns
     -------
@@ -484,9 +544,9 @@ def train(reranker: Reranker, examples: Examples, params: Params, folder: Path, 
     settings = params.reranker
     master = Master(reranker.trainable(), settings)
     total = settings.curriculum_steps + settings.steps
-    checkpoint, rows, spent = folder / "checkpoint.pt", [], 0.0
+    checkpoint, rows, spent = folder / "checkpoint.pt" if folder else None, [], 0.0
     identity = paths.digest(params.model_dump(mode="json"))
-    if checkpoint.exists():
+    if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=reranker.device, weights_only=True)
         if saved["identity"] == identity:
             rows, spent = saved["rows"], saved["spent"]
@@ -497,7 +557,8 @@ def train(reranker: Reranker, examples: Examples, params: Params, folder: Path, 
             master.optimizer.load_state_dict(saved["optimizer"])
             print(f"resumed after step {len(rows)}", flush=True)
     started, shown = time.monotonic() - spent, time.monotonic()
-    while len(rows) < total and time.monotonic() - started < 60 * settings.max_minutes:
+    end = min(total, stop_after or total)
+    while len(rows) < end and time.monotonic() - started < 60 * settings.max_minutes:
         step = len(rows)
         reranker.model.train()
         torch.manual_seed(params.seed * 1_000_003 + step)
@@ -506,21 +567,123 @@ def train(reranker: Reranker, examples: Examples, params: Params, folder: Path, 
         scores = reranker.forward(prompts)  # [rows, R, K]
         control = torch.from_numpy(batch.control).to(reranker.device)
         value = ranknet(scores.reshape(control.shape), control)
+        if not math.isfinite(value.item()):
+            raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
         value.backward()  # type: ignore[no-untyped-call]
         progress = max(step / total, (time.monotonic() - started) / (60 * settings.max_minutes))
         master.step(schedule(progress, settings.warmup))
         spent = time.monotonic() - started
         tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
         rows.append([step, batch.plain, value.item(), spent, tokens])
-        if not math.isfinite(value.item()):
-            raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
-        if time.monotonic() - shown > report or step + 1 == total:
+        if time.monotonic() - shown > 20 or step + 1 == end:
             recent = np.mean([row[2] for row in rows[-10:]])
-            print(f"step {step + 1} of {total}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)
+            print(f"step {step + 1} of {end}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)
             shown = time.monotonic()
-        if len(rows) % settings.checkpoint_steps == 0 and len(rows) < total:
+        if checkpoint and len(rows) % settings.checkpoint_steps == 0 and len(rows) < total:
             part = checkpoint.with_suffix(".part")
             state = {"identity": identity, "rows": rows, "spent": spent, "copies": master.copies}
             torch.save(state | {"optimizer": master.optimizer.state_dict()}, part)
             part.replace(checkpoint)
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
+
+
+# Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
+# are about equal.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "index": {"readout": "index", "request_position": "after"},
+    "candidate (line's end, last layer)": {
+        "readout": "candidate", "request_position": "before", "pooling": "end", "layers": "last",
+        "requests_per_window": 1, "batch_size": 8,
+    },
+    "candidate (line's mean, all layers)": {
+        "readout": "candidate", "request_position": "before", "pooling": "mean", "layers": "mix",
+        "requests_per_window": 1, "batch_size": 8,
+    },
+    "late (line's end, last layer)": {"readout": "late", "pooling": "end", "layers": "last"},
+    "late (line's mean, last layer)": {"readout": "late", "pooling": "mean", "layers": "last"},
+    "late (line's end, all layers)": {"readout": "late", "pooling": "end", "layers": "mix"},
+    "late (line's mean, all layers)": {"readout": "late", "pooling": "mean", "layers": "mix"},
+}  # fmt: skip
+
+
+def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
+    """Learning curves of every entry of `VARIANTS` on the plain prompt, for `compare_steps` steps each.
+
+    Returns
+    -------
+    The rows of :func:`train` with a column ``readout``.
+    """
+    curves = []
+    for name, changes in VARIANTS.items():
+        print(f"read-out {name}", flush=True)
+        steps = params.reranker.compare_steps
+        changes = {"request_position": "after", "curriculum_steps": 10 * steps, "steps": 1} | changes
+        variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
+        reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
+        curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
+    return pd.concat(curves, ignore_index=True)
+
+
+@torch.inference_mode()
+def token_rows(reranker: Reranker, tokens: Iterable[str]) -> pd.DataFrame:
+    """Embedding rows of some tokens, one a row, as they are now."""
+    tokens = list(tokens)
+    ids = torch.tensor(reranker.tokenizer.convert_tokens_to_ids(tokens), device=reranker.device)
+    return pd.DataFrame(reranker.model.get_input_embeddings()(ids).float().cpu().numpy(), index=tokens)
+
+
+def row_drift(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
+    """How far each token's row has moved, as a share of the length it had."""
+    return pd.Series(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1), index=before.index)
+
+
+def standard(scores: np.ndarray) -> np.ndarray:
+    """Scores [..., K] with zero mean and unit variance within each pool (a constant row becomes zeros)."""
+    centred = scores - scores.mean(axis=-1, keepdims=True)
+    return centred / np.maximum(scores.std(axis=-1, keepdims=True), 1e-9)
+
+
+def score_gap(
+    scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], membership: np.ndarray
+) -> dict[int, float]:
+    """Mean standardised score of candidates that meet a whole request less that of the others, by request.
+
+    Parameters
+    ----------
+    scores
+        [windows, R, K], of the R `requests`.
+    """
+    gaps = {}
+    for place, request in enumerate(requests):
+        if request.shape[1]:
+            met = controls.matches(pools.candidates, request, membership).all(axis=2)
+            values = standard(scores[:, place])
+            gaps[place] = float(values[met].mean() - values[~met].mean())
+    return gaps
+
+
+def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the adapter in peft's own format, the tokenizer, the head and the learning curve; returns the files."""
+    adapter = folder / "adapter"
+    reranker.model.save_pretrained(adapter, save_embedding_layers=False)
+    reranker.tokenizer.save_pretrained(adapter)
+    save_file(reranker.head.state_dict(), folder / "head.safetensors")
+    curve.to_parquet(folder / "curve.parquet", index=False)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return [adapter / "adapter_model.safetensors", folder / "head.safetensors", folder / "curve.parquet"]
+
+
+def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
+    """A saved re-ranker on its backbone; gives the same scores as the one that was saved.
+
+    Raises
+    ------
+    CorecError
+        When the folder holds no adapter.
+    """
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
+    bare = build(items, table, params, seed=0, adapt=False)
+    model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
+    bare.head.load_state_dict(load_file(folder / "head.safetensors"))
+    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params)

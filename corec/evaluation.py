@@ -1,0 +1,252 @@
+"""Stage 05: rankings, metrics and intervals.
+
+A *ranking* is the order in which a model puts a window's K candidates: places in the pool, best first
+[windows, K]. Metrics are means over windows within a user, then over users; intervals are percentiles of a
+bootstrap over users.
+
+==============  ==========================================================================================
+``ndcg``        binary: 1 / log2(1 + rank of the true next item), 0 where it is not among the top k
+``hr``          1 where the true next item is among the top k
+``cp``          control precision: share of the top k that meets at least tau constraints
+``cd``          control depth: rank of the first item that does, K + 1 when none does; lower is better
+``cp_bonus``    the paper's ``cp``: r >= tau, where r counts one more for the true next item
+``cd_bonus``    the paper's ``cd``, likewise
+``ndcg_graded`` the paper's nDCG: linear gain r (with the bonus), ideal = the best order of the pool
+``chp``         items in the top k that meet all constraints, divided by k
+``csr``         mean over constraints of the share of the top k that meets it
+==============  ==========================================================================================
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from corec import CorecError, controls, paths
+from corec.controls import Pools
+from corec.params import EvaluationParams, Params
+from corec.reranker import standard
+
+COLUMNS = "dataset protocol K n_tokens tau model seed metric k value low high n_users".split()
+MODELS = "sasrec hard-filter rule zero-shot no-token corec".split()
+METRICS = "ndcg hr cp cp_bonus cd cd_bonus ndcg_graded chp csr".split()
+ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, np.inf)
+
+
+class Judged(NamedTuple):
+    """What is true of each candidate of each window, in the pool's order."""
+
+    truth: np.ndarray  # [windows, K] is the true next item
+    met: np.ndarray  # [windows, K, n] meets the constraint
+
+
+def judge(pools: Pools, requests: np.ndarray, membership: np.ndarray) -> Judged:
+    """Judge the candidates of `pools` under `requests` [windows, n]."""
+    return Judged(pools.is_truth(), controls.matches(pools.candidates, requests, membership))
+
+
+def order_by(scores: np.ndarray) -> np.ndarray:
+    """The ranking of `scores` [..., K], best first; ties keep the pool's shuffled order, which flatters nobody."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def retriever_order(pools: Pools) -> np.ndarray:
+    """The retriever's own ranking [windows, K]."""
+    return pools.retriever_rank.argsort(axis=1)
+
+
+def rule_order(pools: Pools, met: np.ndarray) -> np.ndarray:
+    """Rule ranker: most constraints met first, ties by the retriever: the best that a pool allows for control."""
+    k = pools.candidates.shape[1]
+    return order_by(met.sum(axis=2) * k - pools.retriever_rank)
+
+
+def hard_filter_order(pools: Pools, met: np.ndarray) -> np.ndarray:
+    """Hard filter: items that meet all constraints, in the retriever's order, then back-filled with the rest."""
+    k = pools.candidates.shape[1]
+    return order_by(met.all(axis=2) * k - pools.retriever_rank)
+
+
+def blend(scores: np.ndarray, pools: Pools, alpha: float) -> np.ndarray:
+    """Scores plus `alpha` times the retriever's, each standardised within its window [windows, K].
+
+    ``alpha = inf`` is the retriever's order alone.
+    """
+    retriever = standard(pools.retriever_score) - 1e-6 * pools.retriever_rank
+    return retriever if np.isinf(alpha) else standard(scores) + alpha * retriever
+
+
+def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tuple[str, int, int], np.ndarray]:
+    """Every metric of every window.
+
+    Parameters
+    ----------
+    order
+        Ranking [windows, K].
+    judged
+        Of the same windows, with n constraints.
+    ks
+        Cut-offs; those that are not below K are left out.
+
+    Returns
+    -------
+    (metric, k, tau) -> values [windows]. `cd` has k = 0; tau is 0 for metrics without a threshold. With no
+    constraints only ``ndcg``, ``hr`` and ``ndcg_graded`` are there.
+    """
+    size, n = order.shape[1], judged.met.shape[2]
+    truth = np.take_along_axis(judged.truth, order, axis=1)  # [windows, K], in ranked order
+    met = np.take_along_axis(judged.met, order[:, :, None], axis=1)  # [windows, K, n]
+    count = met.sum(axis=2)
+    scores = controls.control_scores(met, truth)
+    ideal = -np.sort(-scores, axis=1)
+    discount = 1 / np.log2(np.arange(2, size + 2))
+    places = np.arange(1, size + 1)
+    result: dict[tuple[str, int, int], np.ndarray] = {}
+    for tau in range(1, n + 1):
+        for name, enough in (("", count >= tau), ("_bonus", scores >= tau)):
+            result[f"cd{name}", 0, tau] = np.where(enough, places, size + 1).min(axis=1)
+            for k in (k for k in ks if k < size):
+                result[f"cp{name}", k, tau] = enough[:, :k].mean(axis=1)
+    for k in (k for k in ks if k < size):
+        result["ndcg", k, 0] = truth[:, :k] @ discount[:k]
+        result["hr", k, 0] = truth[:, :k].any(axis=1).astype(float)
+        best = ideal[:, :k] @ discount[:k]
+        result["ndcg_graded", k, 0] = np.where(best > 0, scores[:, :k] @ discount[:k] / np.maximum(best, 1e-9), 0.0)
+        if n:
+            result["chp", k, 0] = met[:, :k].all(axis=2).mean(axis=1)
+            result["csr", k, 0] = met[:, :k].mean(axis=(1, 2))
+    return result
+
+
+def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Mean of each column of `values` [windows, columns] within each user [users, columns]."""
+    _, place = np.unique(users, return_inverse=True)
+    sums = np.zeros((place.max() + 1, values.shape[1]))
+    np.add.at(sums, place, values)
+    return sums / np.bincount(place)[:, None]
+
+
+def intervals(values: np.ndarray, params: EvaluationParams, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap over users: low and high of each column's mean.
+
+    Parameters
+    ----------
+    values
+        One row a user [users, columns]. The same resamples serve all columns, so differences are paired.
+    """
+    n = len(values)
+    weights = np.random.default_rng([seed, 5]).multinomial(n, np.full(n, 1 / n), size=params.bootstrap) / n
+    means = weights @ values  # [resamples, columns]
+    tail = (1 - params.confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -> pd.DataFrame:
+    """Weigh the retriever's score on validation windows, by graded NDCG@k.
+
+    The largest weight whose mean lies within one standard error (of the paired difference) of the best is
+    chosen: the retriever's order stands unless the model is visibly better.
+
+    Returns
+    -------
+    Columns ``alpha value chosen``.
+    """
+    values = np.stack(
+        [by_window(order_by(blend(scores, pools, alpha)), judged, [k])["ndcg_graded", k, 0] for alpha in ALPHAS]
+    )  # [alphas, windows]
+    best = values[values.mean(axis=1).argmax()]
+    short = best - values
+    error = short.std(axis=1) / np.sqrt(values.shape[1])
+    chosen = np.flatnonzero(short.mean(axis=1) <= error).max()
+    return pd.DataFrame({"alpha": ALPHAS, "value": values.mean(axis=1), "chosen": np.arange(len(ALPHAS)) == chosen})
+
+
+def rankings(
+    pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Rankings of all models, by name; `model_scores` holds those of the language models [windows, K]."""
+    orders = {
+        "sasrec": retriever_order(pools),
+        "hard-filter": hard_filter_order(pools, judged.met),
+        "rule": rule_order(pools, judged.met),
+    }
+    return orders | {name: order_by(scores) for name, scores in model_scores.items()}
+
+
+def tidy(
+    orders: Mapping[int, Mapping[str, np.ndarray]],
+    judged: Mapping[int, Judged],
+    users: np.ndarray,
+    params: Params,
+) -> pd.DataFrame:
+    """The results as one table with the columns of `COLUMNS`.
+
+    Parameters
+    ----------
+    orders
+        n_tokens -> model -> ranking [windows, K].
+    judged
+        n_tokens -> the windows judged under their requests.
+    users
+        User of each window.
+
+    Returns
+    -------
+    One row for each n_tokens, model, metric, k and tau; `k` is empty for ``cd``, `tau` for metrics without one.
+    """
+    keys: list[tuple[int, str, tuple[str, int, int]]] = []
+    columns: list[np.ndarray] = []
+    for n, models in orders.items():
+        for model, order in models.items():
+            for key, values in by_window(order, judged[n], params.evaluation.ks).items():
+                keys.append((n, model, key))
+                columns.append(values)
+    values = by_user(np.stack(columns, axis=1).astype(float), users)
+    low, high = intervals(values, params.evaluation, params.seed)
+    table = pd.DataFrame(
+        [(n, tau or None, model, metric, k or None) for n, model, (metric, k, tau) in keys],
+        columns=["n_tokens", "tau", "model", "metric", "k"],
+    ).astype({"tau": "Int64", "k": "Int64"})
+    table = table.assign(
+        dataset=params.data.source,
+        protocol=f"{params.controls.protocol}/{params.data.protocol}",
+        K=params.controls.k,
+        seed=params.seed,
+        value=values.mean(axis=0),
+        low=low,
+        high=high,
+        n_users=len(values),
+    )
+    return table[COLUMNS]
+
+
+def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Rows of a results table by column values, e.g. ``pick(table, metric="cp", k=5)``."""
+    keep = pd.Series(True, index=table.index)
+    for name, value in wanted.items():
+        keep &= table[name].isin(value if isinstance(value, list) else [value])
+    return table[keep]
+
+
+def load(run: str) -> pd.DataFrame:
+    """The results table of a run (raises CorecError when stage 05 has not finished)."""
+    paths.require(run, "evaluation")
+    return read(paths.stage_dir(run, "evaluation") / "metrics.csv")
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A results table from its CSV file.
+
+    Raises
+    ------
+    CorecError
+        When the file lacks one of `COLUMNS`.
+    """
+    table = pd.read_csv(path, dtype={"tau": "Int64", "k": "Int64"})
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise CorecError(f"{path} has no column {missing[0]!r}: make it with notebooks/05_evaluation.ipynb.")
+    return table

@@ -1,0 +1,164 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from corec import CorecError, controls
+from corec.params import ControlsParams
+
+ITEMS = pd.DataFrame({
+    "item": range(1, 7),
+    "genres": [["Comedy"], ["Comedy", "Drama"], ["Drama"], [], ["Horror"], ["Drama", "Horror"]],
+    "year": [1965, 1985, 1990, np.nan, 1995, 1994],
+    "popularity_rank": [1, 50, 51, 500, 501, np.nan],
+    "mean_rating": [2.9, 3.0, 3.5, 4.0, np.nan, 5.0],
+    "rating_std": [0.5, 0.9, 1.0, 1.05, 2.0, np.nan],
+})  # fmt: skip
+
+
+@pytest.fixture
+def table() -> controls.Vocabulary:
+    return controls.vocabulary(ITEMS, ControlsParams())
+
+
+def pools(windows: int = 200, k: int = 4, seed: int = 0) -> controls.Pools:
+    rng = np.random.default_rng(seed)
+    found = [rng.permutation(np.arange(1, 7))[:k] for _ in range(windows)]
+    frame = pd.DataFrame({"window": range(windows), "candidates": found, "scores": [np.arange(k, 0, -1.0)] * windows})
+    target = rng.integers(1, 7, windows)
+    return controls.make_pools(pd.DataFrame({"window": range(windows), "target": target}), frame, k, seed)
+
+
+def owned(table: controls.Vocabulary, item: int, attribute: str) -> list[str]:
+    number = [entry.name for entry in table.attributes].index(attribute)
+    return [table.labels[v] for v in np.flatnonzero(table.membership[item] & (table.attribute_of == number))]
+
+
+def test_buckets_of_the_scheme(table: controls.Vocabulary) -> None:
+    assert owned(table, 2, "genre") == ["Comedy", "Drama"] and owned(table, 4, "genre") == []
+    assert [owned(table, item, "era") for item in range(1, 7)] == [
+        ["before 1970"], ["the 1980s"], ["1990 to 1994"], [], ["1995 or later"], ["1990 to 1994"],
+    ]  # fmt: skip
+    ranks = [owned(table, item, "popularity") for item in range(1, 7)]
+    assert ranks == [["top 50"], ["top 50"], ["top 200"], ["top 500"], ["beyond 500"], []]
+    assert not table.membership[0].any()
+
+
+def test_the_papers_amazon_buckets() -> None:
+    price, _, rank, _ = controls.load_scheme("amazon")
+    prices = pd.Series([9.99, 10, 14.99, 15, 25, 50, 99.99, 100])
+    assert [v[0] for v in price.values(prices)] == ["0-10", "10-15", "10-15", "15-25", "25-50", "50-100", "50-100", "100+"]
+    ranks = pd.Series([1, 3, 4, 5, 10, 11, 50, 51, 100, 200, 500, 501])
+    assert [v[0] for v in rank.values(ranks)] == [
+        "top 3", "top 3", "3-5", "3-5", "top 10", "11-50", "11-50", "51-100", "51-100", "101-200", "201-500", "500+",
+    ]  # fmt: skip
+
+
+def test_matches_and_scores_against_loops(table: controls.Vocabulary) -> None:
+    given = pools()
+    requests = controls.draw_requests(given, 3, "catalogue", table, np.random.default_rng(0))
+    requests[::7, 1] = -1
+    met = controls.matches(given.candidates, requests, table.membership)
+    scores = controls.control_scores(met, given.is_truth())
+    for window in range(0, 200, 11):
+        for place, item in enumerate(given.candidates[window]):
+            wishes = [value >= 0 and bool(table.membership[item, value]) for value in requests[window]]
+            assert met[window, place].tolist() == wishes
+            assert scores[window, place] == sum(wishes) + (place == given.truth[window])
+
+
+@pytest.mark.parametrize("protocol", ["oracle", "random-candidate", "catalogue"])
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_requests_ask_for_different_attributes(protocol: str, n: int, table: controls.Vocabulary) -> None:
+    requests = controls.draw_requests(pools(), n, protocol, table, np.random.default_rng(1))
+    assert requests.shape == (200, n)
+    for request in requests:
+        attributes = table.attribute_of[request[request >= 0]]
+        assert len(set(attributes)) == len(attributes)
+
+
+def test_oracle_copies_the_answer_and_random_candidate_does_not(table: controls.Vocabulary) -> None:
+    given = pools()
+    hit = given.truth >= 0
+    assert 0.3 < hit.mean() < 1
+    oracle = controls.draw_requests(given, 2, "oracle", table, np.random.default_rng(0))
+    met = controls.matches(given.candidates, oracle, table.membership)
+    known = oracle >= 0
+    assert (met[np.flatnonzero(hit), given.truth[hit]] == known[hit]).all(), "all that is known of the truth is asked for"
+    other = controls.draw_requests(given, 2, "random-candidate", table, np.random.default_rng(0))
+    met = controls.matches(given.candidates, other, table.membership)
+    assert (met.all(axis=2) & ~given.is_truth()).any(axis=1).all(), "some other candidate meets the whole request"
+
+
+def test_catalogue_draws_by_frequency(table: controls.Vocabulary) -> None:
+    requests = controls.draw_requests(pools(6000), 1, "catalogue", table, np.random.default_rng(0))[:, 0]
+    genre = table.attribute_of == 0
+    counts = np.bincount(requests, minlength=len(table.labels))[genre]
+    wanted = table.membership.sum(axis=0)[genre]
+    np.testing.assert_allclose(counts / counts.sum(), wanted / wanted.sum(), atol=0.05)
+
+
+def test_pools_are_shuffled_and_truth_is_found() -> None:
+    given = pools(500)
+    items = np.take_along_axis(given.candidates, given.retriever_rank.argsort(axis=1), axis=1)
+    scores = np.take_along_axis(given.retriever_score, given.retriever_rank.argsort(axis=1), axis=1)
+    assert (np.diff(scores) < 0).all()
+    assert 0.15 < (given.retriever_rank[:, 0] == 0).mean() < 0.35, "the first place tells nothing"
+    assert (np.sort(items, axis=1)[:, 1:] != np.sort(items, axis=1)[:, :-1]).all()
+
+
+def test_truth_is_put_in_only_where_asked_for() -> None:
+    windows = pd.DataFrame({"window": [0, 1], "target": [9, 2]})
+    found = pd.DataFrame({"window": [0, 1], "candidates": [[1, 2, 3]] * 2, "scores": [[3.0, 2.0, 1.0]] * 2})
+    without = controls.make_pools(windows, found, 3, seed=0)
+    assert without.truth[0] == -1 and set(without.candidates[0]) == {1, 2, 3}
+    given = controls.make_pools(windows, found, 3, seed=0, insert_truth=True)
+    assert set(given.candidates[0]) == {1, 2, 9} and given.candidates[0, given.truth[0]] == 9
+    assert set(given.candidates[1]) == {1, 2, 3}
+
+
+def test_saved_and_loaded_alike(own_folder: Path) -> None:
+    from corec import paths
+
+    windows = pd.DataFrame({"window": range(30), "target": [1 + i % 6 for i in range(30)], "split": ["train", "valid", "test"] * 10})
+    found = pd.DataFrame({"window": range(30), "candidates": [[1, 2, 3, 4]] * 30, "scores": [[4.0, 3.0, 2.0, 1.0]] * 30})
+    params = ControlsParams(k=4, n_tokens=[0, 2], max_windows={"train": 5}, train_truth="any")
+    prepared = controls.prepare(windows, found, ITEMS, params, seed=0)
+    assert len(prepared.pools["train"].window) == 5
+    stage = paths.start("r", "controls", params)
+    stage.finish(controls.save(prepared, stage.folder))
+    again = controls.load("r", ITEMS, params)
+    for key, requests in prepared.requests.items():
+        np.testing.assert_array_equal(again.requests[key], requests)
+    for split, kept in prepared.pools.items():
+        for one, other in zip(kept, again.pools[split], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert list(controls.pool_coverage(prepared)["n_tokens"]) == [2]
+    retrieved = controls.prepare(windows, found, ITEMS, params.model_copy(update={"train_truth": "retrieved"}), seed=0)
+    assert (retrieved.pools["train"].truth >= 0).all() and (retrieved.pools["test"].truth < 0).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scheme": "movielans"}, "no scheme 'movielans': name one of amazon, movielens"),
+        ({"attributes": ["era", "prize"]}, "no attribute 'prize'"),
+        ({"scheme": "amazon"}, "wants the column 'price'"),
+    ],
+)
+def test_wrong_schemes(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(CorecError, match=sentence):
+        controls.vocabulary(ITEMS, ControlsParams.model_validate(changes))
+
+
+def test_a_scheme_file_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("attributes:\n  - {name: era, column: year, below: [1980], labels: [old]}\n")
+    with pytest.raises(CorecError, match="mine.yaml is not a scheme"):
+        controls.load_scheme(str(path))
+
+
+def test_more_constraints_than_attributes(table: controls.Vocabulary) -> None:
+    with pytest.raises(CorecError, match="asks for 6 constraints, but only 5 attributes"):
+        controls.draw_requests(pools(), 6, "catalogue", table, np.random.default_rng(0))

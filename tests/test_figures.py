@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+
+from corec import CorecError, evaluation, figures, paths
+from corec.params import Params
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    rows = []
+    for place, model in enumerate(evaluation.MODELS):
+        for n in (0, 1, 2, 3):
+            for metric in ("ndcg", "cp"):
+                for tau in [pd.NA] if metric == "ndcg" else range(1, n + 1):
+                    value = 0.9 - 0.1 * place - 0.01 * n
+                    rows.append(("ml-100k", "random-candidate", 20, n, tau, model, 0, metric, 5, value, value - 0.05, value + 0.05, 300))
+    return pd.DataFrame(rows, columns=evaluation.COLUMNS).astype({"tau": "Int64", "k": "Int64"})
+
+
+def test_figures_show_the_table_and_nothing_else(table: pd.DataFrame, tmp_path: Path) -> None:
+    six, seven, eight = (make(table, 5) for make in (figures.figure6_table, figures.figure7_table, figures.figure8_table))
+    cp = six[six["metric"] == "cp"]
+    assert (cp["tau"] == cp["n_tokens"]).all() and set(cp["n_tokens"]) == {1, 2, 3}
+    assert set(seven["n_tokens"]) == {3} and set(seven["tau"]) == {1, 2, 3}
+    assert set(eight["model"]) == {"sasrec", "hard-filter", "corec"}
+    lines = {line.get_label(): line for line in collect(figures.figure6(six, 5).axes[0])}
+    assert set(lines) == set(evaluation.MODELS)
+    for model, line in lines.items():
+        np.testing.assert_allclose(line.lines[0].get_ydata(), cp[cp["model"] == model].sort_values("n_tokens")["value"])
+    bars = [bar.get_height() for axis in figures.figure8(eight, 5).axes[:1] for group in axis.containers[:3] for bar in group]
+    np.testing.assert_allclose(sorted(bars), sorted(eight[eight["metric"] == "cp"]["value"]))
+
+
+def collect(axis: Axes) -> list[object]:
+    """The error-bar containers of an axis."""
+    return list(axis.containers)
+
+
+def test_files_of_a_run(table: pd.DataFrame) -> None:
+    params = Params(run="r")
+    for stage, needs in (("data", []), ("sasrec", ["data"]), ("controls", ["sasrec"]), ("reranker", ["controls"]), ("evaluation", ["reranker"])):
+        paths.start("r", stage, {}, needs).finish()
+    files = figures.publish(table, params, {"a fact": "42"})
+    names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json".split()
+    assert sorted(path.name for path in files) == sorted(names)
+    pd.testing.assert_frame_equal(evaluation.read(files[-3]), table, check_dtype=False)
+    record = json.loads(files[-1].read_text())
+    assert record["packages"]["torch"] and set(record["stages"]) == {"data", "sasrec", "controls", "reranker", "evaluation"}
+    assert record["outputs"]["metrics.csv"] == paths.sha256(files[-3])
+    page = files[-2].read_text()
+    assert "| corec | 0." in page and "a fact: 42" in page and "300 test users" in page
+
+
+def test_a_cut_off_that_was_not_evaluated(table: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(CorecError, match=r"figures.k is 7, but .* k in \[5\]"):
+        figures.make(table, 7, tmp_path)
+
+
+def test_a_results_table_without_a_column(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("dataset,k,tau\na,5,1\n")
+    with pytest.raises(CorecError, match="no column 'protocol'"):
+        evaluation.read(tmp_path / "metrics.csv")

@@ -1,0 +1,256 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+
+from corec import CorecError, backbones, controls, data, paths, reranker
+from corec.params import ControlsParams, DataParams, Params, RerankerParams
+
+READOUTS = [
+    {"readout": "late", "pooling": "mean", "layers": "mix"},
+    {"readout": "late", "pooling": "end", "layers": "last"},
+    {"readout": "candidate", "request_position": "before"},
+    {"readout": "index"},
+    {"readout": "index", "request_position": "before", "values": "words"},
+]
+
+
+class World:
+    """A small data set with pools, ready for the tiny backbone."""
+
+    def __init__(self, atomic: Path, k: int = 6) -> None:
+        self.tables = data.prepare(DataParams(path=str(atomic), core=1))
+        rng = np.random.default_rng(0)
+        n = len(self.tables.items)
+        found = [rng.permutation(np.arange(1, n + 1))[:k] for _ in range(len(self.tables.windows))]
+        scores = [np.arange(k, 0, -1.0)] * len(found)
+        frame = pd.DataFrame({"window": self.tables.windows["window"], "candidates": found, "scores": scores})
+        params = ControlsParams(k=k, n_tokens=[0, 1, 2], train_truth="any", max_windows={"train": 60, "valid": 8, "test": 8})
+        self.prepared = controls.prepare(self.tables.windows, frame, self.tables.items, params, seed=0)
+        self.examples = reranker.load_examples(self.tables.windows, self.prepared)
+        self.controls = params
+        self.pools = self.prepared.pools["valid"]
+        self.requests = [self.prepared.requests["valid", n] for n in (0, 1, 2)]
+
+    def params(self, **changes: Any) -> Params:
+        values = {"backbone": "tiny", "dtype": "float32", "batch_size": 2, "requests_per_window": 4, "steps": 6,
+                  "curriculum_steps": 2, "checkpoint_steps": 2} | changes  # fmt: skip
+        return Params(controls=self.controls, reranker=RerankerParams.model_validate(values))
+
+    def build(self, params: Params, **kwargs: Any) -> reranker.Reranker:
+        return reranker.build(self.tables.items, self.prepared.table, params.reranker, seed=0, **kwargs)
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    return World(atomic)
+
+
+def unlike_start(model: reranker.Reranker) -> None:
+    """Give every trainable parameter a value that matters (LoRA's B starts at zero)."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for value in model.trainable().values():
+            value.add_(0.05 * torch.randn_like(value))
+
+
+def textbook_scores(model: reranker.Reranker, row: reranker.Row) -> torch.Tensor:
+    """Scores [K] of one request by the plain way: one sequence, an ordinary causal forward, full logits."""
+    params = model.params
+    ids = torch.tensor([row.prefix + row.suffixes[0]])
+    output = model.model(input_ids=ids, output_hidden_states=True)
+    if params.readout == "index":
+        wanted = [model.tokenizer.convert_tokens_to_ids(reranker.index_token(i)) for i in range(len(row.spans))]
+        return output.logits[0, -1, wanted]
+    layers = output.hidden_states if params.layers == "mix" else output.hidden_states[-1:]
+    norm = torch.nn.functional.layer_norm
+    mix = model.head.mix.softmax(0)
+
+    def state(start: int, end: int) -> torch.Tensor:
+        start = end - 1 if params.pooling == "end" else start
+        pooled = [norm(layer[0, start:end].mean(0), layer.shape[-1:]) for layer in layers]
+        return sum(share * layer for share, layer in zip(mix, pooled, strict=True))
+
+    scores = []
+    for start, end in row.spans:
+        candidate = state(start, end)
+        score = (model.head.relevance.weight @ candidate)[0]
+        if params.readout == "late":
+            request = state(len(row.prefix), ids.shape[1])
+            left, right = model.head.candidate.weight @ candidate, model.head.request.weight @ request
+            score = score + left @ right / left.shape[0] ** 0.5
+        scores.append(score)
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("changes", READOUTS, ids=lambda c: "-".join(c.values()))
+def test_batched_shared_prefix_equals_one_request_at_a_time(world: World, changes: dict[str, str]) -> None:
+    model = world.build(world.params(**changes))
+    unlike_start(model)
+    batched = reranker.score(model, world.examples, world.pools, world.requests)
+    assert batched.shape == (8, 3, 6)
+    for window in range(0, 8, 3):
+        for place, request in enumerate(world.requests):
+            rows = reranker.make_rows(model, world.examples, world.pools.take(np.array([window])), [request[[window]]])
+            with torch.no_grad():
+                wanted = textbook_scores(model, rows[0]).numpy()
+            np.testing.assert_allclose(batched[window, place], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_any_batch_size_gives_the_same_scores(world: World, size: int) -> None:
+    base = world.build(world.params())
+    unlike_start(base)
+    one = reranker.score(base, world.examples, world.pools, world.requests)
+    base.params = base.params.model_copy(update={"eval_batch_size": size})
+    np.testing.assert_allclose(reranker.score(base, world.examples, world.pools, world.requests), one, atol=1e-4)
+
+
+def test_fifty_candidates_have_fifty_index_tokens(atomic: Path) -> None:
+    world = World(atomic, k=50)
+    model = world.build(world.params(readout="index"))
+    tokens = [reranker.index_token(i) for i in range(50)]
+    assert len(set(model.tokenizer.convert_tokens_to_ids(tokens))) == 50
+    assert [reranker.letters(i) for i in (0, 25, 26, 49)] == ["A", "Z", "AA", "AX"]
+    assert np.isfinite(reranker.score(model, world.examples, world.pools, world.requests)).all()
+
+
+def test_new_rows_start_from_the_mean_of_their_words(world: World) -> None:
+    bare, tokenizer = backbones.tiny_model()
+    rows = bare.get_input_embeddings().weight.detach().clone()
+    model = world.build(world.params())
+    for token, words in reranker.new_tokens(world.prepared.table, model.params).items():
+        wanted = rows[tokenizer(words)["input_ids"]].mean(0)
+        found = reranker.token_rows(model, [token]).to_numpy()[0]
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_prompt_in_the_papers_order_and_in_ours(world: World) -> None:
+    texts = {}
+    for position in ("before", "after"):
+        model = world.build(world.params(readout="index", request_position=position, values="words"))
+        row = reranker.make_rows(model, world.examples, world.pools.take(np.array([0])), [world.requests[2][:1]])[0]
+        texts[position] = model.tokenizer.decode(row.prefix + row.suffixes[0])
+        lines = [model.tokenizer.decode(row.prefix[start:end]) for start, end in row.spans]
+        assert all("Film number" in line and line.endswith("\n") for line in lines) and len(lines) == 6
+    for position, text in texts.items():
+        assert (text.index("Control Tokens:") < text.index("Rank these")) == (position == "before")
+        assert " |||" in text and text.endswith("The best candidate is:")
+
+
+def test_ranknet_against_loops() -> None:
+    torch.manual_seed(0)
+    scores, control = torch.randn(3, 2, 5), torch.randint(0, 3, (3, 2, 5))
+    control[0, 0] = 1  # no pair
+    terms = []
+    for s, r in zip(scores.reshape(6, 5), control.reshape(6, 5), strict=True):
+        pairs = [torch.log1p(torch.exp(-(s[i] - s[j]))) for i in range(5) for j in range(5) if r[i] > r[j]]
+        terms.append(torch.stack(pairs).mean() if pairs else torch.tensor(0.0))
+    torch.testing.assert_close(reranker.ranknet(scores, control), torch.stack(terms).mean())
+
+
+def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
+    params = world.params(steps=60, curriculum_steps=60, lr=3e-3, lr_head=3e-3, batch_size=8)
+    model = world.build(params)
+    frozen = {name: value.detach().clone() for name, value in model.model.named_parameters() if not value.requires_grad}
+    words = reranker.new_tokens(world.prepared.table, params.reranker)
+    before = reranker.token_rows(model, words)
+    curve = reranker.train(model, world.examples, params, None)
+    assert curve["loss"][:10].mean() > 0.6 and curve["loss"][50:60].mean() < 0.4
+    assert reranker.row_drift(before, reranker.token_rows(model, words)).median() > 0.01
+    for name, value in model.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(value, frozen[name]), name
+    scores = reranker.score(model, world.examples, world.pools, world.requests)
+    gaps = reranker.score_gap(scores, world.pools, world.requests, world.prepared.table.membership)
+    assert gaps[1] > 0.3
+
+
+def test_resuming_gives_the_same_parameters(world: World, tmp_path: Path) -> None:
+    params = world.params(max_minutes=1000)
+    whole = world.build(params)
+    unbroken = reranker.train(whole, world.examples, params, None)
+    stopped = world.build(params)
+    reranker.train(stopped, world.examples, params, tmp_path, stop_after=5)
+    resumed = world.build(params)
+    curve = reranker.train(resumed, world.examples, params, tmp_path)
+    np.testing.assert_allclose(curve["loss"], unbroken["loss"], atol=1e-5)
+    for name, value in whole.trainable().items():
+        torch.testing.assert_close(resumed.trainable()[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_other_parameters_do_not_resume(world: World, tmp_path: Path) -> None:
+    params = world.params()
+    reranker.train(world.build(params), world.examples, params, tmp_path, stop_after=4)
+    other = world.params(lr=5e-3)
+    assert len(reranker.train(world.build(other), world.examples, other, tmp_path, stop_after=1)) == 1
+
+
+@pytest.mark.parametrize("changes", READOUTS[::3], ids=lambda c: "-".join(c.values()))
+def test_saved_adapter_gives_the_same_scores_through_peft_alone(world: World, changes: dict[str, str]) -> None:
+    params = world.params(**changes)
+    model = world.build(params)
+    curve = reranker.train(model, world.examples, params, None)
+    stage = paths.start("r", "reranker", params.reranker)
+    stage.finish(reranker.save(model, curve, stage.folder))
+    again = reranker.load(stage.folder, world.tables.items, world.prepared.table, params.reranker)
+    wanted = reranker.score(model, world.examples, world.pools, world.requests)
+    np.testing.assert_allclose(reranker.score(again, world.examples, world.pools, world.requests), wanted, atol=1e-5)
+
+    from transformers import AutoTokenizer
+
+    base, _ = backbones.tiny_model()
+    tokenizer = AutoTokenizer.from_pretrained(stage.folder / "adapter")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    alone = PeftModel.from_pretrained(base, str(stage.folder / "adapter")).eval()
+    prompt = tokenizer("Control Tokens:<genre: Comedy>" if changes["readout"] == "late" else "Rank", return_tensors="pt")
+    model.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(**prompt).logits, model.model(**prompt).logits, atol=1e-4, rtol=1e-4)
+    assert (stage.folder / "adapter" / "adapter_model.safetensors").stat().st_size < 2_000_000, "no whole embedding in it"
+
+
+def test_zero_shot_trains_nothing(world: World) -> None:
+    model = reranker.zero_shot(world.tables.items, world.prepared.table, world.params().reranker)
+    assert model.params.readout == "index" and model.params.values == "words"
+    assert reranker.score(model, world.examples, world.pools, world.requests).shape == (8, 3, 6)
+
+
+def test_bfloat16_ranks_almost_alike(world: World) -> None:
+    wide = world.build(world.params())
+    unlike_start(wide)
+    narrow = world.build(world.params(dtype="bfloat16"))
+    with torch.no_grad():
+        for name, value in wide.trainable().items():
+            narrow.trainable()[name].copy_(value)
+    one = reranker.score(wide, world.examples, world.pools, world.requests)
+    other = reranker.score(narrow, world.examples, world.pools, world.requests)
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.98
+
+
+def test_no_adapter_and_no_model(world: World, tmp_path: Path) -> None:
+    with pytest.raises(CorecError, match="holds no adapter: run notebooks/04_reranker.ipynb"):
+        reranker.load(tmp_path, world.tables.items, world.prepared.table, world.params().reranker)
+    with pytest.raises(CorecError, match="no causal language model '/no/such/model'"):
+        backbones.load("/no/such/model")
+
+
+def test_a_loss_that_is_not_a_number_stops(world: World) -> None:
+    params = world.params()
+    model = world.build(params)
+    with torch.no_grad():
+        model.head.candidate.weight[0, 0] = torch.nan
+    with pytest.raises(CorecError, match="not a number at step 0: lower reranker.lr"):
+        reranker.train(model, world.examples, params, None)
+
+
+def test_untied_models_train_both_tables() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    assert reranker.token_layers(LlamaForCausalLM(config), [60, 61]) == {"embed_tokens": [60, 61], "lm_head": [60, 61]}
