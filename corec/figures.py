@@ -82,7 +82,7 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         rows = evaluation.pick(table, metric=metric)
         sns.barplot(rows, x="n_tokens", y="value", hue="model", palette=PALETTE, errorbar=None, ax=axis)
-        for bars, (_, model) in zip(axis.containers, rows.groupby("model", sort=False), strict=True):
+        for bars, (_, model) in zip(list(axis.containers), rows.groupby("model", sort=False), strict=True):
             model = model.sort_values("n_tokens")
             centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]  # type: ignore[attr-defined]
             errors = [model["value"] - model["low"], model["high"] - model["value"]]

@@ -22,7 +22,7 @@ def table() -> pd.DataFrame:
                 for tau in [pd.NA] if metric == "ndcg" else range(1, n + 1):
                     value = 0.9 - 0.1 * place - 0.01 * n
                     rows.append(("ml-100k", "random-candidate", 20, n, tau, model, 0, metric, 5, value, value - 0.05, value + 0.05, 300))
-    return pd.DataFrame(rows, columns=evaluation.COLUMNS).astype({"tau": "Int64", "k": "Int64"})
+    return pd.DataFrame(rows, columns=evaluation.COLUMNS).astype({"tau": "Int64", "k": "Int64", "value": float, "low": float, "high": float})
 
 
 def test_figures_show_the_table_and_nothing_else(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -34,9 +34,10 @@ def test_figures_show_the_table_and_nothing_else(table: pd.DataFrame, tmp_path: 
     lines = {line.get_label(): line for line in collect(figures.figure6(six, 5).axes[0])}
     assert set(lines) == set(evaluation.MODELS)
     for model, line in lines.items():
-        np.testing.assert_allclose(line.lines[0].get_ydata(), cp[cp["model"] == model].sort_values("n_tokens")["value"])
+        wanted = cp[cp["model"] == model].sort_values("n_tokens")["value"].to_numpy(dtype=float)
+        np.testing.assert_allclose(line.lines[0].get_ydata().astype(float), wanted)
     bars = [bar.get_height() for axis in figures.figure8(eight, 5).axes[:1] for group in axis.containers[:3] for bar in group]
-    np.testing.assert_allclose(sorted(bars), sorted(eight[eight["metric"] == "cp"]["value"]))
+    np.testing.assert_allclose(sorted(bars), sorted(eight[eight["metric"] == "cp"]["value"].astype(float)))
 
 
 def collect(axis: Axes) -> list[object]:

@@ -160,7 +160,7 @@ def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
     words = reranker.new_tokens(world.prepared.table, params.reranker)
     before = reranker.token_rows(model, words)
     curve = reranker.train(model, world.examples, params, None)
-    assert curve["loss"][:10].mean() > 0.6 and curve["loss"][50:60].mean() < 0.4
+    assert curve["loss"].iloc[0] > 0.6 and curve["loss"].iloc[30:60].mean() < 0.3
     assert reranker.row_drift(before, reranker.token_rows(model, words)).median() > 0.01
     for name, value in model.model.named_parameters():
         if name in frozen:

@@ -64,8 +64,7 @@ def test_ranks_against_all_unseen_items_with_ties_against_the_model(tables: data
     ranks = sasrec.rank_targets(model, wanted, batch=7)
     for query in range(0, len(ranks), 9):
         with torch.inference_mode():
-            states = model(torch.from_numpy(wanted.inputs[query])[None])
-        scores = model.scores(states[0, -1]).detach().numpy()
+            scores = model.scores(model(torch.from_numpy(wanted.inputs[query])[None])[0, -1]).numpy()
         unseen = [item for item in range(1, len(tables.items) + 1) if item not in wanted.seen[query]]
         assert ranks[query] == sum(scores[item] >= scores[wanted.targets[query]] for item in unseen)
     with torch.no_grad():

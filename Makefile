@@ -1,0 +1,34 @@
+# Two commands: `make reproduce` runs all notebooks, `make test` checks everything.
+PYTHON ?= python3
+PARAMS ?= params/ml-100k.yaml
+BIN := .venv/bin
+
+.PHONY: reproduce test env lint strip clean
+
+reproduce: env
+	$(BIN)/python -m corec.reproduce $(PARAMS)
+
+test: env lint
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q --nbval-lax notebooks
+
+env: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'COREC needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'
+	touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+# Outputs stay out of commits, except in cells tagged keep_output.
+strip: env
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+clean:
+	rm -rf .venv runs .cache
