@@ -17,8 +17,11 @@ env: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'COREC needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'
-	touch $@
+	@echo "installing packages into .venv (about two minutes)"
+	@while sleep 20; do echo "  still installing ..."; done & beat=$$!; \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[test]'; \
+	status=$$?; kill $$beat; exit $$status
+	@touch $@
 
 lint: env
 	$(BIN)/ruff check .

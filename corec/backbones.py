@@ -1,6 +1,5 @@
 """Causal language models by name: one real and small, one tiny and random, or any of Hugging Face's."""
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -100,9 +99,7 @@ def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
         show_progress=False,
     )
     bpe.train_from_iterator([TINY_TEXT], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -140,7 +137,7 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     if name == "tiny":
         model, tokenizer = tiny_model()
         return model.to(dtype), tokenizer
-    source = str(smollm2_folder()) if name == "smollm2-135m" else os.path.expanduser(name)
+    source = str(smollm2_folder()) if name == "smollm2-135m" else str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         AutoConfig.from_pretrained(source)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)

@@ -80,9 +80,7 @@ class Vocabulary:
 
     def known(self) -> np.ndarray:
         """Which item has any value of which attribute [items + 1, attributes]."""
-        blocks = [
-            self.membership[:, self.attribute_of == number].any(axis=1) for number in range(len(self.attributes))
-        ]
+        blocks = [self.membership[:, self.attribute_of == number].any(axis=1) for number in range(len(self.attributes))]
         return np.stack(blocks, axis=1)
 
 
@@ -170,9 +168,7 @@ class Pools(NamedTuple):
         return Pools(*(values[rows] for values in self))
 
 
-def make_pools(
-    windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: int, insert_truth: bool = False
-) -> Pools:
+def make_pools(windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: int, insert_truth: bool = False) -> Pools:
     """Take each window's K best candidates and shuffle them.
 
     Parameters
@@ -183,8 +179,8 @@ def make_pools(
         Put a true next item that was not retrieved in the place of the last candidate (training only).
     """
     table = windows[["window", "target"]].merge(candidates, on="window", validate="one_to_one")
-    items = np.stack(table["candidates"].to_numpy())[:, :k].copy()
-    scores = np.stack(table["scores"].to_numpy())[:, :k].astype(np.float32)
+    items = np.stack(list(table["candidates"]))[:, :k].copy()
+    scores = np.stack(list(table["scores"]))[:, :k].astype(np.float32)
     ranks = np.tile(np.arange(k), (len(items), 1))
     target = table["target"].to_numpy()
     if insert_truth:
@@ -210,9 +206,7 @@ def _value_of(items: np.ndarray, attributes: np.ndarray, table: Vocabulary, rng:
     return _draw(wanted.astype(float), rng)
 
 
-def draw_requests(
-    pools: Pools, n: int, protocol: str, table: Vocabulary, rng: np.random.Generator
-) -> np.ndarray:
+def draw_requests(pools: Pools, n: int, protocol: str, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
     """One request of `n` constraints on `n` different attributes for every window [windows, n].
 
     ``oracle`` (the paper's): all values are the true next item's where it is among the candidates; elsewhere
@@ -281,7 +275,7 @@ def to_table(pools: Pools) -> pd.DataFrame:
 
 def from_table(table: pd.DataFrame) -> Pools:
     """The inverse of :func:`to_table`."""
-    return Pools(*(np.stack(table[name].to_numpy()) for name in Pools._fields))
+    return Pools(*(np.stack(list(table[name])) for name in Pools._fields))
 
 
 class Prepared(NamedTuple):
@@ -292,9 +286,7 @@ class Prepared(NamedTuple):
     requests: dict[tuple[str, int], np.ndarray]
 
 
-def prepare(
-    windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int
-) -> Prepared:
+def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int) -> Prepared:
     """Pools of every split, and the validation and test requests for every length in `params.n_tokens`.
 
     Where a split has more windows than `params.max_windows` allows, a random sample of them is kept; of the training
@@ -330,10 +322,10 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
     pools, rows = prepared.pools[split], []
     for (part, n), request in prepared.requests.items():
         if part == split and n > 0:
-            all_met = matches(pools.candidates, request, prepared.table.membership).all(axis=2)
+            all_met = np.all(matches(pools.candidates, request, prepared.table.membership), axis=2)
             hit = pools.truth >= 0
             violates = ~all_met[np.flatnonzero(hit), pools.truth[hit]]
-            rows.append((n, all_met.sum(axis=1).mean(), (~all_met.any(axis=1)).mean(), violates.mean()))
+            rows.append((n, all_met.sum(axis=1).mean(), 1 - all_met.any(axis=1).mean(), violates.mean()))
     return pd.DataFrame(rows, columns=["n_tokens", "matching", "empty", "truth_violates"])
 
 
@@ -359,7 +351,7 @@ def load(run: str, items: pd.DataFrame, params: ControlsParams) -> Prepared:
     folder = paths.stage_dir(run, "controls")
     pools = {split: from_table(pd.read_parquet(folder / f"pools_{split}.parquet")) for split in ("train", "valid", "test")}
     requests = {
-        (str(split), int(n)): np.stack(table["request"].to_numpy()).astype(int)  # type: ignore[call-overload]
+        (str(split), int(str(n))): np.stack(list(table["request"])).astype(int)
         for (split, n), table in pd.read_parquet(folder / "requests.parquet").groupby(["split", "n_tokens"])
     }
     return Prepared(vocabulary(items, params), pools, requests)

@@ -173,8 +173,7 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
         table = k_core(table, params.core)
     if table.empty:
         raise CorecError(
-            f"No user of {params.source!r} is left under protocol {params.protocol!r}: "
-            "lower data.min_interactions or data.core."
+            f"No user of {params.source!r} is left under protocol {params.protocol!r}: lower data.min_interactions or data.core."
         )
     users, items = (pd.factorize(table[name])[0] for name in ("user_id", "item_id"))
     table = table.assign(user=users, item=items + 1).sort_values(["user", "timestamp"], kind="stable")

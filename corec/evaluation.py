@@ -164,9 +164,7 @@ def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -
     return pd.DataFrame({"alpha": ALPHAS, "value": values.mean(axis=1), "chosen": np.arange(len(ALPHAS)) == chosen})
 
 
-def rankings(
-    pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def rankings(pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rankings of all models, by name; `model_scores` holds those of the language models [windows, K]."""
     orders = {
         "sasrec": retriever_order(pools),

@@ -151,8 +151,8 @@ def results_page(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> 
         lines += ["|---" * (len(header) + 1) + "|"]
         lines += [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(wide.index, wide.to_numpy(), strict=True)]
         lines += [""]
-    value = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
-    value = value.set_index(["model", "n_tokens"])["value"]
+    strictest = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
+    value = strictest.set_index(["model", "n_tokens"])["value"]
     lines += ["## Against the best that the pools allow (`rule`)", ""]
     for model in ("corec", "no-token", "zero-shot"):
         shares = [f"{value[model, m] / value['rule', m]:.1%} with {m}" for m in n if m and (model, m) in value.index]
@@ -167,9 +167,7 @@ def git_commit() -> str | None:
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         commit, changed = (
-            subprocess.run(
-                ["git", "-C", str(paths.root()), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            subprocess.run(["git", "-C", str(paths.root()), *command], capture_output=True, text=True, check=True).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):

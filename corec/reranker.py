@@ -36,7 +36,7 @@ MAX_K = 50
 
 
 def letters(place: int) -> str:
-    """Index of a candidate as a reader sees it: A … Z, then AA, AB, …"""
+    """Index of a candidate as a reader sees it: A to Z, then AA, AB and so on."""
     return (chr(64 + place // 26) if place >= 26 else "") + chr(65 + place % 26)
 
 
@@ -215,9 +215,9 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
     mask = (whose[:, :, None] == whose[:, None, :]) | (whose[:, None, :] == 0)
     mask = mask & (whose >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
     mask = mask | torch.eye(size, dtype=torch.bool)
-    tensors = (torch.from_numpy(ids), torch.from_numpy(positions), mask[:, None])
-    tensors += (torch.from_numpy(candidates), torch.from_numpy(requests), torch.from_numpy(answers))
-    return Batch(*(tensor.to(device) for tensor in tensors))
+    arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers)]
+    arrays.insert(2, mask[:, None])
+    return Batch(*(values.to(device) for values in arrays))
 
 
 class Head(nn.Module):
@@ -569,7 +569,7 @@ def train(
         value = ranknet(scores.reshape(control.shape), control)
         if not math.isfinite(value.item()):
             raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         progress = max(step / total, (time.monotonic() - started) / (60 * settings.max_minutes))
         master.step(schedule(progress, settings.warmup))
         spent = time.monotonic() - started
@@ -590,20 +590,21 @@ def train(
 # Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
 # are about equal.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "index": {"readout": "index", "request_position": "after"},
-    "candidate (line's end, last layer)": {
-        "readout": "candidate", "request_position": "before", "pooling": "end", "layers": "last",
-        "requests_per_window": 1, "batch_size": 8,
+    "index": {"readout": "index"},
+    "candidate: line's end, last layer": {
+        "readout": "candidate",
+        "request_position": "before",
+        "pooling": "end",
+        "layers": "last",
+        "requests_per_window": 1,
+        "batch_size": 8,
     },
-    "candidate (line's mean, all layers)": {
-        "readout": "candidate", "request_position": "before", "pooling": "mean", "layers": "mix",
-        "requests_per_window": 1, "batch_size": 8,
-    },
-    "late (line's end, last layer)": {"readout": "late", "pooling": "end", "layers": "last"},
-    "late (line's mean, last layer)": {"readout": "late", "pooling": "mean", "layers": "last"},
-    "late (line's end, all layers)": {"readout": "late", "pooling": "end", "layers": "mix"},
-    "late (line's mean, all layers)": {"readout": "late", "pooling": "mean", "layers": "mix"},
-}  # fmt: skip
+    "late: line's end, last layer": {"readout": "late", "pooling": "end", "layers": "last"},
+    "late: line's mean, last layer": {"readout": "late", "pooling": "mean", "layers": "last"},
+    "late: line's end, all layers": {"readout": "late", "pooling": "end", "layers": "mix"},
+    "late: line's mean, all layers": {"readout": "late", "pooling": "mean", "layers": "mix"},
+    "the same, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
+}
 
 
 def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
@@ -617,7 +618,7 @@ def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) ->
     for name, changes in VARIANTS.items():
         print(f"read-out {name}", flush=True)
         steps = params.reranker.compare_steps
-        changes = {"request_position": "after", "curriculum_steps": 10 * steps, "steps": 1} | changes
+        changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
         variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
         reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
         curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
@@ -643,9 +644,7 @@ def standard(scores: np.ndarray) -> np.ndarray:
     return centred / np.maximum(scores.std(axis=-1, keepdims=True), 1e-9)
 
 
-def score_gap(
-    scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], membership: np.ndarray
-) -> dict[int, float]:
+def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], membership: np.ndarray) -> dict[int, float]:
     """Mean standardised score of candidates that meet a whole request less that of the others, by request.
 
     Parameters

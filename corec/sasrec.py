@@ -34,14 +34,13 @@ class Block(nn.Module):
         self.heads, self.dropout = params.heads, params.dropout
         self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Dropout(params.dropout), nn.Linear(width, width)
-        )
+        self.feed_forward = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(params.dropout), nn.Linear(width, width))
 
-    def forward(self, states: Tensor) -> Tensor:  # [batch, length, hidden]
+    def forward(self, states: Tensor) -> Tensor:
+        """States [batch, length, hidden] of the next layer from those of this one."""
         batch, length, width = states.shape
         qkv = self.qkv(self.norm_attention(states)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)  # [batch, heads, length, width]
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)  # [batch, heads, length, width]
         mixed = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         states = states + F.dropout(mixed, self.dropout, self.training)
         return states + F.dropout(self.feed_forward(self.norm_forward(states)), self.dropout, self.training)
@@ -138,8 +137,8 @@ def pieces(items: np.ndarray, size: int, offset: int) -> list[np.ndarray]:
     The first piece has `offset` items (drawn anew every epoch), so that no cut is always in the same place; every
     position but the first is a target once.
     """
-    ends = list(range(offset, len(items), size - 1)) + [len(items)]
-    starts = [0] + [end - 1 for end in ends[:-1]]
+    ends = [*range(offset, len(items), size - 1), len(items)]
+    starts = [0, *(end - 1 for end in ends[:-1])]
     return [items[start:end] for start, end in zip(starts, ends, strict=True) if end - start > 1]
 
 
@@ -199,9 +198,7 @@ def train(
     """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    sequences = [
-        table.to_numpy(copy=True) for _, table in interactions[interactions["split"] == "train"].groupby("user")["item"]
-    ]
+    sequences = [table.to_numpy(copy=True) for _, table in interactions[interactions["split"] == "train"].groupby("user")["item"]]
     valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
     model = SASRec(n_items, params)
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.lr, weight_decay=1e-4)
@@ -217,7 +214,7 @@ def train(
             batch = [cut[i] for i in order[start : start + params.batch_size]]
             value = loss(model, pad(batch), params.loss)
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             total += value.item() * len(batch)
         metrics = ranking_metrics(rank_targets(model, valid))
@@ -257,7 +254,9 @@ def candidates(
             f"Parameter sasrec.top_k is {params.top_k}, but some user has only {left} items of the catalogue left to "
             "see: lower sasrec.top_k and controls.k."
         )
-    top_items, top_scores, shown = [], [], time.monotonic()
+    top_items: list[np.ndarray] = []
+    top_scores: list[np.ndarray] = []
+    shown = time.monotonic()
     for start in range(0, len(windows), batch):
         best = unseen_scores(model, wanted, slice(start, start + batch)).topk(params.top_k, sorted=True)
         top_items.extend(best.indices.numpy())

@@ -121,7 +121,9 @@ def test_truth_is_put_in_only_where_asked_for() -> None:
 def test_saved_and_loaded_alike(own_folder: Path) -> None:
     from corec import paths
 
-    windows = pd.DataFrame({"window": range(30), "target": [1 + i % 6 for i in range(30)], "split": ["train", "valid", "test"] * 10})
+    windows = pd.DataFrame(
+        {"window": range(30), "target": [1 + i % 6 for i in range(30)], "split": ["train", "valid", "test"] * 10}
+    )
     found = pd.DataFrame({"window": range(30), "candidates": [[1, 2, 3, 4]] * 30, "scores": [[4.0, 3.0, 2.0, 1.0]] * 30})
     params = ControlsParams(k=4, n_tokens=[0, 2], max_windows={"train": 5}, train_truth="any")
     prepared = controls.prepare(windows, found, ITEMS, params, seed=0)

@@ -27,7 +27,9 @@ def test_paper_split_of_fifty_is_40_5_5() -> None:
     raw = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
     table = data.split_by_time(raw, DataParams(protocol="paper"))
     assert table["user"].nunique() == 2, "a user with 20 interactions is dropped"
-    assert table.groupby("user")["split"].value_counts().unstack().loc[:, ["train", "valid", "test"]].eq([40, 5, 5]).all(axis=None)
+    assert (
+        table.groupby("user")["split"].value_counts().unstack().loc[:, ["train", "valid", "test"]].eq([40, 5, 5]).all(axis=None)
+    )
     assert table["timestamp"].min() == 10, "the latest 50 are kept"
     windows = data.make_windows(table, DataParams(protocol="paper"))
     assert windows.groupby("split")["history"].apply(lambda h: set(h.map(len))).to_dict() == {

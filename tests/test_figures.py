@@ -21,8 +21,12 @@ def table() -> pd.DataFrame:
             for metric in ("ndcg", "cp"):
                 for tau in [pd.NA] if metric == "ndcg" else range(1, n + 1):
                     value = 0.9 - 0.1 * place - 0.01 * n
-                    rows.append(("ml-100k", "random-candidate", 20, n, tau, model, 0, metric, 5, value, value - 0.05, value + 0.05, 300))
-    return pd.DataFrame(rows, columns=evaluation.COLUMNS).astype({"tau": "Int64", "k": "Int64", "value": float, "low": float, "high": float})
+                    rows.append(
+                        ("ml-100k", "random-candidate", 20, n, tau, model, 0, metric, 5, value, value - 0.05, value + 0.05, 300)
+                    )
+    return pd.DataFrame(rows, columns=evaluation.COLUMNS).astype(
+        {"tau": "Int64", "k": "Int64", "value": float, "low": float, "high": float}
+    )
 
 
 def test_figures_show_the_table_and_nothing_else(table: pd.DataFrame, tmp_path: Path) -> None:
@@ -47,7 +51,13 @@ def collect(axis: Axes) -> list[object]:
 
 def test_files_of_a_run(table: pd.DataFrame) -> None:
     params = Params(run="r")
-    for stage, needs in (("data", []), ("sasrec", ["data"]), ("controls", ["sasrec"]), ("reranker", ["controls"]), ("evaluation", ["reranker"])):
+    for stage, needs in (
+        ("data", []),
+        ("sasrec", ["data"]),
+        ("controls", ["sasrec"]),
+        ("reranker", ["controls"]),
+        ("evaluation", ["reranker"]),
+    ):
         paths.start("r", stage, {}, needs).finish()
     files = figures.publish(table, params, {"a fact": "42"})
     names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json".split()
