@@ -210,7 +210,7 @@ def tidy(
     ).astype({"tau": "Int64", "k": "Int64"})
     table = table.assign(
         dataset=params.data.source,
-        protocol=f"{params.controls.protocol}/{params.data.protocol}",
+        protocol=params.controls.protocol,
         K=params.controls.k,
         seed=params.seed,
         value=values.mean(axis=0),
