@@ -34,6 +34,11 @@ def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
     axis.set_xticks(sorted(table[x].unique()))
 
 
+def legend(figure: Figure) -> None:
+    """One legend for all axes, beside them."""
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """Rows sorted by the models' customary order."""
     place = table["model"].map(evaluation.MODELS.index)
@@ -59,26 +64,26 @@ def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
 
 def figure6(table: pd.DataFrame, k: int) -> Figure:
     """Control precision and NDCG by number of control tokens, from :func:`figure6_table`."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         draw(axis, evaluation.pick(table, metric=metric), "n_tokens")
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
-    axes[1].legend(fontsize=8, frameon=False)
+    legend(figure)
     return figure
 
 
 def figure7(table: pd.DataFrame, k: int) -> Figure:
     """Control precision by threshold, from :func:`figure7_table`."""
-    figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     draw(axis, table, "tau")
     axis.set(xlabel=f"threshold τ (of {table['n_tokens'].max()} control tokens)", ylabel=f"CP@{k}")
-    axis.legend(fontsize=8, frameon=False)
+    legend(figure)
     return figure
 
 
 def figure8(table: pd.DataFrame, k: int) -> Figure:
     """Bars of control precision and NDCG for SASRec, hard filter and COREC, from :func:`figure8_table`."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         rows = evaluation.pick(table, metric=metric)
         sns.barplot(rows, x="n_tokens", y="value", hue="model", palette=PALETTE, errorbar=None, ax=axis)
@@ -89,7 +94,7 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
             axis.errorbar(centres, model["value"], errors, fmt="none", color="0.2", capsize=2, linewidth=1)
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
         axis.get_legend().remove()
-    axes[1].legend(fontsize=8, frameon=False)
+    legend(figure)
     return figure
 
 
@@ -158,7 +163,9 @@ def results_page(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> 
         shares = [f"{value[model, m] / value['rule', m]:.1%} with {m}" for m in n if m and (model, m) in value.index]
         lines += [f"- `{model}` reaches of its CP@{k}: {', '.join(shares)} control tokens."] if shares else []
     lines += ["", "## What else was measured", ""]
-    lines += [f"- {name}: {fact}" for name, fact in facts.items()]
+    for name, fact in facts.items():
+        text = ", ".join(f"{key}: {value}" for key, value in fact.items()) if isinstance(fact, dict) else fact
+        lines.append(f"- {name}: {text}")
     return "\n".join(lines) + "\n"
 
 
