@@ -86,6 +86,7 @@ class RerankerParams(Model):
     curriculum_steps: int = Field(60, ge=0)  # before them: attributes only, no history, short requests first
     max_minutes: float = Field(30, gt=0)  # training ends here at the latest, its schedule cut to fit
     batch_size: int = Field(4, ge=1)  # windows a step
+    micro_batch: int = Field(2, ge=1)  # of them in memory at once; the gradient is that of the whole batch
     requests_per_window: int = Field(16, ge=1)
     truth_bonus: bool = True  # the true next item earns one point in the control score
     gradient_checkpointing: bool = False

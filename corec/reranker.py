@@ -522,6 +522,28 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
 
 
+def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray) -> float:
+    """Add the gradient of the batch's loss, a few windows in memory at a time; returns the loss.
+
+    Parameters
+    ----------
+    rows
+        Of all windows, in order (see :func:`make_rows`).
+    control
+        Control scores [windows, R, K].
+    """
+    windows, total = len(control), 0.0
+    per_window = len(rows) // windows
+    for start in range(0, windows, reranker.params.micro_batch):
+        part = slice(start, min(start + reranker.params.micro_batch, windows))
+        scores = reranker.forward(rows[part.start * per_window : part.stop * per_window])
+        wanted = torch.from_numpy(control[part]).to(reranker.device)
+        loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def train(
     reranker: Reranker, examples: Examples, params: Params, folder: Path | None, stop_after: int | None = None
 ) -> pd.DataFrame:
@@ -564,17 +586,14 @@ def train(
         torch.manual_seed(params.seed * 1_000_003 + step)
         batch = training_batch(examples, params, step)
         prompts = make_rows(reranker, examples, batch.pools, batch.requests, batch.plain)
-        scores = reranker.forward(prompts)  # [rows, R, K]
-        control = torch.from_numpy(batch.control).to(reranker.device)
-        value = ranknet(scores.reshape(control.shape), control)
-        if not math.isfinite(value.item()):
+        value = backward(reranker, prompts, batch.control)
+        if not math.isfinite(value):
             raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
-        value.backward()
         progress = max(step / total, (time.monotonic() - started) / (60 * settings.max_minutes))
         master.step(schedule(progress, settings.warmup))
         spent = time.monotonic() - started
         tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
-        rows.append([step, batch.plain, value.item(), spent, tokens])
+        rows.append([step, batch.plain, value, spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:
             recent = np.mean([row[2] for row in rows[-10:]])
             print(f"step {step + 1} of {end}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)

@@ -153,6 +153,19 @@ def test_ranknet_against_loops() -> None:
     torch.testing.assert_close(reranker.ranknet(scores, control), torch.stack(terms).mean())
 
 
+def test_micro_batches_give_the_gradient_of_the_whole_batch(world: World) -> None:
+    gradients = []
+    for size in (1, 2, 5):
+        params = world.params(batch_size=5, micro_batch=size)
+        model = world.build(params)
+        batch = reranker.training_batch(world.examples, params, step=7)
+        loss = reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.control)
+        gradients.append({name: value.grad for name, value in model.trainable().items()} | {"loss": torch.tensor(loss)})
+    for other in gradients[1:]:
+        for name, value in gradients[0].items():
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
     params = world.params(steps=60, curriculum_steps=60, lr=3e-3, lr_head=3e-3, batch_size=8)
     model = world.build(params)
