@@ -14,7 +14,9 @@ Read-outs (`late` and `candidate` are ours, for small backbones):
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,6 +333,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     return min(seconds, key=seconds.__getitem__)
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide a warning that peft's use of transformers sets off, and that no user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapt: bool = True) -> Reranker:
     """A re-ranker on a fresh backbone.
 
@@ -353,7 +363,8 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
             trainable_token_indices=token_layers(model, added),
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        with quiet_peft():
+            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
@@ -702,6 +713,7 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
     bare = build(items, table, params, seed=0, adapt=False)
-    model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
+    with quiet_peft():
+        model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
     return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params)
