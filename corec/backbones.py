@@ -140,9 +140,13 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     source = str(smollm2_folder()) if name == "smollm2-135m" else str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         AutoConfig.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CorecError(
             f"Parameter reranker.backbone: no causal language model {name!r} could be loaded: give a folder that holds "
             "one, log in to the hub if the model is gated (`hf auth login`), or name the open one, smollm2-135m."
         ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

@@ -5,6 +5,7 @@ attribute. A request is a row of value numbers, padded with -1; it matches item 
 ``membership[i, c_j]`` (method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from corec import CorecError, paths
 from corec.params import ControlsParams, Model
@@ -34,6 +35,10 @@ class Attribute(Model):
         edges = self.below if self.below is not None else self.up_to
         if self.bucket == "edges" and (edges is None or len(self.labels) != len(edges) + 1):
             raise ValueError("give `below` or `up_to`, and one label more than edges")
+        if edges is not None and sorted(set(edges)) != edges:
+            raise ValueError("edges must rise")
+        if len(set(self.labels)) != len(self.labels) or (self.labels and self.bucket != "edges"):
+            raise ValueError("labels must differ, and go with edges only")
         return self
 
     def values(self, column: pd.Series) -> pd.Series:
@@ -45,7 +50,12 @@ class Attribute(Model):
         edges = self.below if self.below is not None else self.up_to
         assert edges is not None
         side: Literal["left", "right"] = "right" if self.below is not None else "left"
-        numbers = column.to_numpy(dtype=float)
+        try:
+            numbers = column.to_numpy(dtype=float)
+        except (TypeError, ValueError):
+            raise CorecError(
+                f"Attribute {self.name!r} has edges, but the column {self.column!r} is not numeric: set `bucket: as_is`."
+            ) from None
         found = np.searchsorted(np.array(edges), np.nan_to_num(numbers), side=side)
         return pd.Series(
             [[] if np.isnan(number) else [self.labels[i]] for number, i in zip(numbers, found, strict=True)],
@@ -75,7 +85,9 @@ class Vocabulary:
     membership: np.ndarray
 
     def name(self, value: int) -> str:
-        """A value as a reader sees it: ``genre: Comedy``."""
+        """A value as a reader sees it: ``genre: Comedy``; -1 is a constraint that could not be drawn."""
+        if value < 0:
+            return "(nothing)"
         return f"{self.attributes[self.attribute_of[value]].name}: {self.labels[value]}"
 
     def known(self) -> np.ndarray:
@@ -98,8 +110,11 @@ def load_scheme(name: str) -> tuple[Attribute, ...]:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise CorecError(f"Parameter controls.scheme: there is no scheme {name!r}: name one of {known}, or a .yaml file.")
     try:
-        return tuple(Attribute.model_validate(entry) for entry in yaml.safe_load(path.read_text())["attributes"])
-    except (ValidationError, KeyError, TypeError, yaml.YAMLError) as error:
+        attributes = tuple(Attribute.model_validate(entry) for entry in yaml.safe_load(path.read_text())["attributes"])
+        if len({attribute.name for attribute in attributes}) != len(attributes):
+            raise ValueError("two attributes have one name")
+        return attributes
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CorecError(f"{path} is not a scheme ({str(error).splitlines()[-2:]}): compare it with movielens.yaml.") from None
 
 
@@ -155,7 +170,7 @@ class Pools(NamedTuple):
 
     window: np.ndarray  # [windows]
     candidates: np.ndarray  # items
-    retriever_rank: np.ndarray  # 0 = the retriever's best; K where the truth was put in
+    retriever_rank: np.ndarray  # 0 = the retriever's best; a truth that was put in has that of whom it replaced
     retriever_score: np.ndarray
     truth: np.ndarray  # [windows] place of the true next item, -1 where it is not among the candidates
 
@@ -296,7 +311,7 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
     pools, requests = {}, {}
     for number, split in enumerate(("train", "valid", "test")):
         rows = windows[windows["split"] == split]
-        limit = params.max_windows.get(split, len(rows))
+        limit = getattr(params.max_windows, split)
         rows = rows.sample(n=min(limit, len(rows)), random_state=seed).sort_values("window")
         chosen = params.train_truth if split == "train" else "any"
         pools[split] = make_pools(rows, candidates, params.k, seed, insert_truth=chosen == "inserted")
@@ -330,8 +345,16 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
 
 
 def save(prepared: Prepared, folder: Path) -> list[Path]:
-    """Write pools and requests as parquet; returns the files."""
-    files = []
+    """Write the vocabulary, the pools and the requests; returns the files."""
+    table = prepared.table
+    described = {
+        "attributes": [attribute.model_dump() for attribute in table.attributes],
+        "labels": table.labels,
+        "attribute_of": table.attribute_of.tolist(),
+    }
+    files = [folder / "vocabulary.json", folder / "membership.npy"]
+    paths.write_text(files[0], json.dumps(described))
+    np.save(files[1], table.membership)
     for split, pools in prepared.pools.items():
         files.append(folder / f"pools_{split}.parquet")
         to_table(pools).to_parquet(files[-1], index=False)
@@ -345,13 +368,17 @@ def save(prepared: Prepared, folder: Path) -> list[Path]:
     return files
 
 
-def load(run: str, items: pd.DataFrame, params: ControlsParams) -> Prepared:
+def load(run: str) -> Prepared:
     """What stage 03 of a run has left (raises CorecError when it has not finished)."""
     paths.require(run, "controls")
     folder = paths.stage_dir(run, "controls")
+    described = json.loads((folder / "vocabulary.json").read_text())
+    attributes = tuple(Attribute.model_validate(entry) for entry in described["attributes"])
+    attribute_of = np.array(described["attribute_of"])
+    table = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "membership.npy"))
     pools = {split: from_table(pd.read_parquet(folder / f"pools_{split}.parquet")) for split in ("train", "valid", "test")}
     requests = {
-        (str(split), int(str(n))): np.stack(list(table["request"])).astype(int)
-        for (split, n), table in pd.read_parquet(folder / "requests.parquet").groupby(["split", "n_tokens"])
+        (str(split), int(str(n))): np.stack(list(rows["request"])).astype(int)
+        for (split, n), rows in pd.read_parquet(folder / "requests.parquet").groupby(["split", "n_tokens"])
     }
-    return Prepared(vocabulary(items, params), pools, requests)
+    return Prepared(table, pools, requests)

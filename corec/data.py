@@ -58,7 +58,11 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """
     if not path.exists():
         raise CorecError(f"{path} is missing: put the file there, or leave the parameter data.path empty.")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        fault = str(error).strip().splitlines()[-1]
+        raise CorecError(f"{path} is not a tab-separated text file with a header ({fault}): mend or replace it.") from None
     table.columns = [name.split(":")[0] for name in table.columns]
     for name in columns:
         if name not in table:
@@ -154,6 +158,8 @@ def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
 def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
     """Choose users, sort their interactions by time and mark each as train, valid or test.
 
+    Of several interactions of a user with one item, the first in the file counts.
+
     ``paper``: users with at least `min_interactions`, of them the `max_users` with the most, their `latest`;
     the first 80 % train, 10 % validate, 10 % test (method of the authors' code: 50 records give 40/5/5).
     ``leave-one-out``: the `core`-core; a user's last interaction tests, the one before it validates.
@@ -179,6 +185,7 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
     table = table.assign(user=users, item=items + 1).sort_values(["user", "timestamp"], kind="stable")
     if params.protocol == "paper":
         table = table.groupby("user").tail(params.latest)
+        table["item"] = np.unique(table["item"], return_inverse=True)[1] + 1  # without gaps
     by_user = table.groupby("user")["user"]
     position, length = by_user.cumcount(), by_user.transform("size")
     held_out = (0.1 * length).round().clip(lower=1) if params.protocol == "paper" else 1
@@ -267,7 +274,7 @@ def save(tables: Tables, folder: Path) -> list[Path]:
 
 
 def load(run: str) -> Tables:
-    """The tables of a run (raises CorecError when stage 01 has not finished)."""
+    """Tables of a run (raises CorecError when stage 01 has not finished)."""
     paths.require(run, "data")
     folder = paths.stage_dir(run, "data")
     return Tables(*(pd.read_parquet(folder / f"{name}.parquet") for name in Tables._fields))

@@ -154,6 +154,7 @@ def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -
     -------
     Columns ``alpha value chosen``.
     """
+    k = min(k, scores.shape[1] - 1)
     values = np.stack(
         [by_window(order_by(blend(scores, pools, alpha)), judged, [k])["ndcg_graded", k, 0] for alpha in ALPHAS]
     )  # [alphas, windows]

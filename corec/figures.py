@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -184,7 +183,9 @@ def git_commit() -> str | None:
 
 def manifest(params: Params) -> dict[str, Any]:
     """What made a run: parameters, versions, commit, and each stage's time, peak memory and digests."""
-    wanted = [re.split(r"[=<>;\[ ]", entry)[0] for entry in importlib.metadata.requires("corec") or [] if "extra" not in entry]
+    found = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
+    wanted = "accelerate datasets matplotlib numpy pandas papermill peft pyarrow pydantic safetensors seaborn".split()
+    wanted += ["tokenizers", "torch", "transformers"]
     stages = {}
     for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
         record = paths.require(params.run, stage)
@@ -195,7 +196,7 @@ def manifest(params: Params) -> dict[str, Any]:
         "commit": git_commit(),
         "params": params.model_dump(mode="json"),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in wanted},
+        "packages": {name: found.get(name.lower()) for name in wanted},
         "stages": stages,
     }
 
@@ -204,6 +205,7 @@ def publish(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> list[
     """Write everything that stage 06 makes into ``figures/<run>/``; returns the files, the manifest last."""
     folder = paths.figures_dir(params.run)
     record = manifest(params)
+    (folder / "manifest.json").unlink(missing_ok=True)
     files = make(table, params.figures.k, folder)
     files += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
     table.to_csv(files[-3], index=False, float_format="%.6g")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from corec import CorecError
 
@@ -49,6 +49,14 @@ class SasrecParams(Model):
     top_k: int = Field(50, ge=1)  # candidates written for every window
 
 
+class MaxWindows(Model):
+    """Windows of each split that are re-ranked at the most; a random sample where there are more."""
+
+    train: int = Field(20000, ge=1)
+    valid: int = Field(200, ge=1)
+    test: int = Field(1000, ge=1)
+
+
 class ControlsParams(Model):
     """Stage 03: attributes, candidates and requests."""
 
@@ -56,11 +64,11 @@ class ControlsParams(Model):
     attributes: list[str] | None = None  # those under control; all of the scheme when empty
     protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
     k: int = Field(20, ge=2, le=50)  # candidates that are re-ranked
-    n_tokens: list[int] = [0, 1, 2, 3]  # constraints per request that are evaluated
+    n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # constraints per request that are trained and evaluated
     # Training windows: keep all; keep those whose true next item was retrieved; or put a missing one in for the
     # last candidate (which teaches that unlikely items are the true ones).
     train_truth: Literal["any", "retrieved", "inserted"] = "retrieved"
-    max_windows: dict[str, int] = {"train": 20000, "valid": 200, "test": 1000}  # re-ranked windows per split
+    max_windows: MaxWindows = MaxWindows()
 
 
 class RerankerParams(Model):
@@ -98,7 +106,7 @@ class RerankerParams(Model):
 class EvaluationParams(Model):
     """Stage 05: metrics."""
 
-    ks: list[int] = [1, 3, 5, 10]
+    ks: list[PositiveInt] = [1, 3, 5, 10]
     bootstrap: int = Field(1000, ge=10)  # resamples of the users
     confidence: float = Field(0.95, gt=0, lt=1)
     zero_shot: bool = True
@@ -113,7 +121,7 @@ class FiguresParams(Model):
 class Params(Model):
     """All of a run."""
 
-    run: str = Field("tiny", pattern=r"^[A-Za-z0-9._-]+$")
+    run: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
     data: DataParams = DataParams()
     sasrec: SasrecParams = SasrecParams()
@@ -138,8 +146,9 @@ def validate(values: Mapping[str, Any], origin: str) -> Params:
         *stage, name = (str(part) for part in fault["loc"])
         full = ".".join([*stage, name])
         if fault["type"] == "extra_forbidden":
-            field = Params.model_fields[stage[0]].annotation if stage else Params
-            assert isinstance(field, type) and issubclass(field, Model)
+            field: Any = Params
+            for part in stage:
+                field = field.model_fields[part].annotation
             near = difflib.get_close_matches(name, field.model_fields, n=1, cutoff=0)[0]
             raise CorecError(f"{origin}: there is no parameter {full!r}: did you mean {near!r}?") from None
         raise CorecError(f"{origin}: parameter {full!r} is {fault['input']!r}: {fault['msg']}.") from None
@@ -147,6 +156,15 @@ def validate(values: Mapping[str, Any], origin: str) -> Params:
         raise CorecError(
             f"{origin}: sasrec.top_k is {params.sasrec.top_k}, fewer than the {params.controls.k} candidates of "
             "controls.k: raise sasrec.top_k or lower controls.k."
+        )
+    if sorted(set(lengths := params.controls.n_tokens)) != sorted(lengths) or 0 not in lengths or len(lengths) < 2:
+        raise CorecError(
+            f"{origin}: controls.n_tokens is {lengths}: list 0 (no request) and at least one other number, each once."
+        )
+    if (k := params.figures.k) not in params.evaluation.ks or k >= params.controls.k:
+        raise CorecError(
+            f"{origin}: figures.k is {k}: choose one of evaluation.ks ({params.evaluation.ks}) below controls.k "
+            f"({params.controls.k})."
         )
     if params.reranker.readout == "candidate" and params.reranker.request_position == "after":
         raise CorecError(
@@ -167,6 +185,8 @@ def load(path: str | Path) -> Params:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise CorecError(f"There is no parameter file {path}: `ls params` lists those that come with COREC.") from None
+    except (OSError, UnicodeDecodeError):
+        raise CorecError(f"{path} is no readable text file: give one of the YAML files in params/.") from None
     except yaml.YAMLError as error:
         raise CorecError(f"{path} is not YAML ({str(error).splitlines()[0]}): mend that line.") from None
     if not isinstance(values, dict):

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from corec import CorecError
+from corec.params import Params
 
 NOTEBOOKS = {
     "data": "01_data",
@@ -106,22 +105,18 @@ class Stage:
         """Where this stage writes."""
         return stage_dir(self.run, self.name)
 
-    @property
-    def identity(self) -> str:
-        """A short digest of this stage's parameters and of the stages it is made from."""
-        return digest([self.params, self.made_from])
-
     def finish(self, outputs: Iterable[Path] = (), **facts: Any) -> dict[str, Any]:
         """Record the stage as whole: parameters, seconds, peak memory, digests of `outputs`, and `facts`."""
+        digests = {path.name: sha256(path) for path in outputs}
         record = {
             "stage": self.name,
-            "identity": self.identity,
+            "identity": digest([self.params, self.made_from, digests]),
             "made_from": self.made_from,
             "params": self.params,
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": peak_memory_mb(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "outputs": {path.name: sha256(path) for path in outputs},
+            "outputs": digests,
             **facts,
         }
         write_text(self.folder / "stage.json", json.dumps(record, indent=1))
@@ -134,17 +129,41 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def start(run: str, name: str, params: BaseModel | dict[str, Any], needs: Iterable[str] = ()) -> Stage:
+def section(settings: Params, stage: str) -> dict[str, Any]:
+    """The part of a run's parameters that a stage depends on by itself."""
+    own = {stage: getattr(settings, stage).model_dump(mode="json")}
+    return own if stage in ("data", "figures") else own | {"seed": settings.seed}
+
+
+def check(settings: Params, stage: str) -> str:
+    """Require a stage, and that it and all before it were run with these parameters; returns its identity.
+
+    Raises
+    ------
+    CorecError
+        When it is missing or stale (see :func:`require`), or was run with other parameters.
+    """
+    record = require(settings.run, stage)
+    if record["params"] != section(settings, stage):
+        raise CorecError(
+            f"Stage {stage!r} of run {settings.run!r} was made with other parameters: "
+            f"run notebooks/{NOTEBOOKS[stage]}.ipynb again, or give the new settings another `run`."
+        )
+    for earlier in record["made_from"]:
+        check(settings, earlier)
+    return str(record["identity"])
+
+
+def start(settings: Params, name: str, needs: Iterable[str] = ()) -> Stage:
     """Begin a stage: check the stages it `needs`, and withdraw its own earlier record.
 
     Raises
     ------
     CorecError
-        When a needed stage is missing or stale (see :func:`require`).
+        When a needed stage is missing, stale or of other parameters (see :func:`check`).
     """
-    made_from = {earlier: require(run, earlier)["identity"] for earlier in needs}
-    values = params.model_dump(mode="json") if isinstance(params, BaseModel) else params
-    stage = Stage(run, name, values, made_from)
+    made_from = {earlier: check(settings, earlier) for earlier in needs}
+    stage = Stage(settings.run, name, section(settings, name), made_from)
     stage.folder.mkdir(parents=True, exist_ok=True)
     (stage.folder / "stage.json").unlink(missing_ok=True)
     return stage

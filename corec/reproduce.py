@@ -4,7 +4,6 @@ Executed copies go to ``runs/<run>/notebooks/``; what the cells print is shown a
 """
 
 import argparse
-import inspect
 import logging
 import sys
 import time
@@ -31,9 +30,10 @@ def run(path: Path, only: list[str] | None = None) -> None:
     """
     settings = params.load(path)
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    # 06 draws what 05 measured; the others show progress while they work
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in ("papermill", "nbclient", "traitlets"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -57,6 +57,13 @@ def run(path: Path, only: list[str] | None = None) -> None:
                 stderr_file=sys.stderr,
                 log_output=False,
             )
+        except DeadKernelError:
+            raise CorecError(
+                f"{notebook} was killed, most likely for want of memory: lower reranker.micro_batch, "
+                "reranker.eval_batch_size or sasrec.batch_size, and run it again."
+            ) from None
+        except NoSuchKernel:
+            raise CorecError("There is no Jupyter kernel `python3`: `python -m pip install ipykernel` brings it.") from None
         except PapermillExecutionError as error:
             if error.ename == "CorecError":
                 raise CorecError(f"{notebook} stopped: {error.evalue}") from None
@@ -68,9 +75,8 @@ def run(path: Path, only: list[str] | None = None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m corec.reproduce", description=inspect.getdoc(run))
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Run the COREC notebooks in order with the parameters of a YAML file."
+    description = "Run the COREC notebooks in order with the parameters of a YAML file."
+    parser = argparse.ArgumentParser(prog="python -m corec.reproduce", description=description)
     parser.add_argument("params", type=Path, help="parameter file, e.g. params/ml-100k.yaml")
     parser.add_argument("--only", nargs="+", choices=list(paths.NOTEBOOKS), help="run only these stages")
     given = parser.parse_args(arguments)

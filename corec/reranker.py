@@ -349,17 +349,20 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
     items, table
         Of stages 01 and 03.
     adapt
-        Add LoRA and trainable rows for the new tokens; without, the model is the zero-shot baseline.
+        Add LoRA (on the paper's seven projections, or on all linear layers where the architecture names them otherwise)
+        and trainable rows for the new tokens; without, the model is the zero-shot baseline.
     """
     torch.manual_seed(seed)
     model, tokenizer = backbones.load(params.backbone, resolve_dtype(params.dtype))
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
     if adapt:
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        targets = TARGETS if names.issuperset(TARGETS) else "all-linear"
         lora = LoraConfig(
             r=params.lora_r,
             lora_alpha=params.lora_alpha,
             lora_dropout=params.lora_dropout,
-            target_modules=TARGETS,
+            target_modules=targets,
             trainable_token_indices=token_layers(model, added),
             task_type="CAUSAL_LM",
         )
@@ -478,7 +481,9 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     lengths = params.controls.n_tokens
     if plain:
         lengths = [1] if 2 * step < settings.curriculum_steps else [n for n in lengths if n] or [1]
-    lengths = [lengths[i % len(lengths)] for i in range(settings.requests_per_window)]
+    wanted = settings.requests_per_window
+    first = step * wanted if wanted < len(lengths) else 0  # too few for all lengths: take them in turn over the steps
+    lengths = [lengths[(first + i) % len(lengths)] for i in range(wanted)]
     requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
     truth = pools.is_truth() if settings.truth_bonus and not plain else None
     control = [
@@ -560,8 +565,8 @@ def train(
 ) -> pd.DataFrame:
     """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
 
-    Training ends after ``curriculum_steps + steps`` steps, or at `max_minutes`: then the schedule follows the
-    clock instead, so that the learning rate still ends at 0.
+    Training ends after ``curriculum_steps + steps`` steps, or at `max_minutes`. While the time spent foretells that the
+    steps will not be done by then, the schedule follows the clock instead, so that the learning rate still ends at 0.
 
     Parameters
     ----------
@@ -578,7 +583,7 @@ def train(
     master = Master(reranker.trainable(), settings)
     total = settings.curriculum_steps + settings.steps
     checkpoint, rows, spent = folder / "checkpoint.pt" if folder else None, [], 0.0
-    identity = paths.digest(params.model_dump(mode="json"))
+    identity = paths.digest([paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=reranker.device, weights_only=True)
         if saved["identity"] == identity:
@@ -600,9 +605,10 @@ def train(
         value = backward(reranker, prompts, batch.control)
         if not math.isfinite(value):
             raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
-        progress = max(step / total, (time.monotonic() - started) / (60 * settings.max_minutes))
-        master.step(schedule(progress, settings.warmup))
         spent = time.monotonic() - started
+        late = spent / (step + 1) * total > 60 * settings.max_minutes and spent > 60
+        progress = spent / (60 * settings.max_minutes) if late else step / total
+        master.step(schedule(progress, settings.warmup))
         tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
         rows.append([step, batch.plain, value, spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:
@@ -698,7 +704,6 @@ def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
     reranker.tokenizer.save_pretrained(adapter)
     save_file(reranker.head.state_dict(), folder / "head.safetensors")
     curve.to_parquet(folder / "curve.parquet", index=False)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return [adapter / "adapter_model.safetensors", folder / "head.safetensors", folder / "curve.parquet"]
 
 

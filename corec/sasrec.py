@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -217,6 +217,8 @@ def train(
             value.backward()
             optimizer.step()
             total += value.item() * len(batch)
+        if not np.isfinite(total):
+            raise CorecError(f"SASRec's training loss is not a number in epoch {epoch}: lower sasrec.lr.")
         metrics = ranking_metrics(rank_targets(model, valid))
         curve.append({"epoch": epoch, "loss": total / len(cut), **metrics})
         if metrics["NDCG@10"] > best:
@@ -274,14 +276,6 @@ def save(trained: Trained, table: pd.DataFrame, folder: Path) -> list[Path]:
     trained.curve.to_parquet(files[1], index=False)
     table.to_parquet(files[2], index=False)
     return files
-
-
-def load_model(run: str, n_items: int, params: SasrecParams) -> SASRec:
-    """The trained retriever of a run (raises CorecError when stage 02 has not finished)."""
-    paths.require(run, "sasrec")
-    model = SASRec(n_items, params)
-    model.load_state_dict(load_file(paths.stage_dir(run, "sasrec") / "model.safetensors"))
-    return model.eval()
 
 
 def load_candidates(run: str) -> pd.DataFrame:

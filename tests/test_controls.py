@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from corec import CorecError, controls
-from corec.params import ControlsParams
+from corec.params import ControlsParams, FiguresParams, MaxWindows, Params
 
 ITEMS = pd.DataFrame({
     "item": range(1, 7),
@@ -125,12 +125,14 @@ def test_saved_and_loaded_alike(own_folder: Path) -> None:
         {"window": range(30), "target": [1 + i % 6 for i in range(30)], "split": ["train", "valid", "test"] * 10}
     )
     found = pd.DataFrame({"window": range(30), "candidates": [[1, 2, 3, 4]] * 30, "scores": [[4.0, 3.0, 2.0, 1.0]] * 30})
-    params = ControlsParams(k=4, n_tokens=[0, 2], max_windows={"train": 5}, train_truth="any")
+    params = ControlsParams(k=4, n_tokens=[0, 2], max_windows=MaxWindows(train=5), train_truth="any")
     prepared = controls.prepare(windows, found, ITEMS, params, seed=0)
     assert len(prepared.pools["train"].window) == 5
-    stage = paths.start("r", "controls", params)
+    stage = paths.start(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
     stage.finish(controls.save(prepared, stage.folder))
-    again = controls.load("r", ITEMS, params)
+    again = controls.load("r")
+    assert again.table.labels == prepared.table.labels and again.table.attributes == prepared.table.attributes
+    np.testing.assert_array_equal(again.table.membership, prepared.table.membership)
     for key, requests in prepared.requests.items():
         np.testing.assert_array_equal(again.requests[key], requests)
     for split, kept in prepared.pools.items():
@@ -159,6 +161,27 @@ def test_a_scheme_file_that_is_none(tmp_path: Path) -> None:
     path.write_text("attributes:\n  - {name: era, column: year, below: [1980], labels: [old]}\n")
     with pytest.raises(CorecError, match="mine.yaml is not a scheme"):
         controls.load_scheme(str(path))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "{name: a, column: year, below: [1990, 1980], labels: [x, y, z]}",
+        "{name: a, column: year, below: [1980], labels: [x, x]}",
+        "{name: a, column: genres, bucket: each, labels: [x]}",
+        "{name: a, column: year, bucket: as_is}\n  - {name: a, column: genres, bucket: each}",
+    ],
+)
+def test_scheme_files_with_faults(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"attributes:\n  - {entry}\n")
+    with pytest.raises(CorecError, match="is not a scheme"):
+        controls.load_scheme(str(tmp_path / "mine.yaml"))
+
+
+def test_edges_on_a_column_of_text() -> None:
+    attribute = controls.Attribute(name="a", column="genres", below=[1], labels=["x", "y"])
+    with pytest.raises(CorecError, match="the column 'genres' is not numeric"):
+        attribute.values(pd.Series(["Comedy"]))
 
 
 def test_more_constraints_than_attributes(table: controls.Vocabulary) -> None:

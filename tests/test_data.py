@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from corec import CorecError, data, paths
-from corec.params import DataParams
+from corec.params import DataParams, Params
 
 
 def params(atomic: Path, **changes: object) -> DataParams:
@@ -31,6 +31,7 @@ def test_paper_split_of_fifty_is_40_5_5() -> None:
         table.groupby("user")["split"].value_counts().unstack().loc[:, ["train", "valid", "test"]].eq([40, 5, 5]).all(axis=None)
     )
     assert table["timestamp"].min() == 10, "the latest 50 are kept"
+    assert sorted(table["item"].unique()) == list(range(1, 51)), "items that are no longer there leave no gap"
     windows = data.make_windows(table, DataParams(protocol="paper"))
     assert windows.groupby("split")["history"].apply(lambda h: set(h.map(len))).to_dict() == {
         "train": {5}, "valid": {6}, "test": {6},
@@ -77,7 +78,7 @@ def test_windows_are_what_came_before(atomic: Path) -> None:
 
 def test_tables_survive_the_disk(atomic: Path) -> None:
     given = params(atomic)
-    tables, stage = data.prepare(given), paths.start("r", "data", given)
+    tables, stage = data.prepare(given), paths.start(Params(run="r", data=given), "data")
     stage.finish(data.save(tables, stage.folder))
     again = data.load("r")
     pd.testing.assert_frame_equal(again.interactions, tables.interactions)

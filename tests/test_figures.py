@@ -58,7 +58,7 @@ def test_files_of_a_run(table: pd.DataFrame) -> None:
         ("reranker", ["controls"]),
         ("evaluation", ["reranker"]),
     ):
-        paths.start("r", stage, {}, needs).finish()
+        paths.start(params, stage, needs).finish()
     files = figures.publish(table, params, {"a fact": "42"})
     names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json".split()
     assert sorted(path.name for path in files) == sorted(names)

@@ -16,6 +16,12 @@ from corec import CorecError, params
         ({"reranker": {"readout": "candidate"}}, "set reranker.request_position to 'before'"),
         ({"reranker": {"request_position": "before"}}, "set reranker.request_position to 'after'"),
         ({"run": "a/b"}, "'run' is 'a/b'"),
+        ({"run": ".."}, "'run' is '..'"),
+        ({"controls": {"max_windows": {"tran": 3}}}, "no parameter 'controls.max_windows.tran': did you mean 'train'"),
+        ({"controls": {"n_tokens": [1, 2]}}, "list 0 (no request) and at least one other"),
+        ({"controls": {"n_tokens": [0, 1, 1]}}, "each once"),
+        ({"figures": {"k": 4}}, "choose one of evaluation.ks"),
+        ({"figures": {"k": 10}, "controls": {"k": 10}}, "below controls.k"),
     ],
 )
 def test_wrong_parameters_end_in_one_sentence(values: dict[str, object], sentence: str) -> None:
@@ -31,6 +37,8 @@ def test_files_that_are_not_parameters(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("run: [")
     with pytest.raises(CorecError, match="not YAML"):
         params.load(tmp_path / "bad.yaml")
+    with pytest.raises(CorecError, match="no readable text file"):
+        params.load(tmp_path)
     (tmp_path / "text.yaml").write_text("hello")
     with pytest.raises(CorecError, match="holds no parameters"):
         params.load(tmp_path / "text.yaml")

@@ -12,6 +12,7 @@ import yaml
 from corec import CorecError, params, paths, reproduce
 
 ROOT = Path(__file__).parents[1]
+RUN = params.Params(run="r")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -58,18 +59,27 @@ def test_there_is_a_notebook_for_every_stage() -> None:
 
 def test_a_stage_before_its_input_and_a_stale_one() -> None:
     with pytest.raises(CorecError, match=r"no finished stage 'data': run notebooks/01_data.ipynb"):
-        paths.start("r", "sasrec", {}, ["data"])
-    paths.start("r", "data", {"a": 1}).finish()
-    paths.start("r", "sasrec", {}, ["data"]).finish()
-    assert paths.require("r", "sasrec")["made_from"]
-    paths.start("r", "data", {"a": 2}).finish()
+        paths.start(RUN, "sasrec", ["data"])
+    paths.start(RUN, "data").finish()
+    paths.start(RUN, "sasrec", ["data"]).finish()
+    paths.start(RUN, "controls", ["sasrec"])
+    (paths.root() / "output").write_text("another result")
+    paths.start(RUN, "data").finish([paths.root() / "output"])
     with pytest.raises(CorecError, match=r"older than its input 'data': run notebooks/02_sasrec.ipynb again"):
-        paths.require("r", "sasrec")
+        paths.start(RUN, "controls", ["sasrec"])
+
+
+def test_a_stage_made_with_other_parameters() -> None:
+    paths.start(RUN, "data").finish()
+    paths.start(RUN, "sasrec", ["data"]).finish()
+    for changes in ({"data": params.DataParams(window=4)}, {"seed": 3}, {"sasrec": params.SasrecParams(hidden=8)}):
+        with pytest.raises(CorecError, match="was made with other parameters: run notebooks/0[12]"):
+            paths.start(RUN.model_copy(update=changes), "controls", ["sasrec"])
 
 
 def test_an_interrupted_stage_is_not_taken_for_whole() -> None:
-    paths.start("r", "data", {}).finish()
-    paths.start("r", "data", {})
+    paths.start(RUN, "data").finish()
+    paths.start(RUN, "data")
     with pytest.raises(CorecError, match="no finished stage 'data'"):
         paths.require("r", "data")
 

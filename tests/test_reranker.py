@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from corec import CorecError, backbones, controls, data, paths, reranker
-from corec.params import ControlsParams, DataParams, Params, RerankerParams
+from corec.params import ControlsParams, DataParams, MaxWindows, Params, RerankerParams
 
 READOUTS = [
     {"readout": "late", "pooling": "mean", "layers": "mix"},
@@ -29,7 +29,7 @@ class World:
         found = [rng.permutation(np.arange(1, n + 1))[:k] for _ in range(len(self.tables.windows))]
         scores = [np.arange(k, 0, -1.0)] * len(found)
         frame = pd.DataFrame({"window": self.tables.windows["window"], "candidates": found, "scores": scores})
-        params = ControlsParams(k=k, n_tokens=[0, 1, 2], train_truth="any", max_windows={"train": 60, "valid": 8, "test": 8})
+        params = ControlsParams(k=k, n_tokens=[0, 1, 2], train_truth="any", max_windows=MaxWindows(train=60, valid=8, test=8))
         self.prepared = controls.prepare(self.tables.windows, frame, self.tables.items, params, seed=0)
         self.examples = reranker.load_examples(self.tables.windows, self.prepared)
         self.controls = params
@@ -208,7 +208,7 @@ def test_saved_adapter_gives_the_same_scores_through_peft_alone(world: World, ch
     params = world.params(**changes)
     model = world.build(params)
     curve = reranker.train(model, world.examples, params, None)
-    stage = paths.start("r", "reranker", params.reranker)
+    stage = paths.start(params.model_copy(update={"run": "r"}), "reranker")
     stage.finish(reranker.save(model, curve, stage.folder))
     again = reranker.load(stage.folder, world.tables.items, world.prepared.table, params.reranker)
     wanted = reranker.score(model, world.examples, world.pools, world.requests)
@@ -259,6 +259,28 @@ def test_a_loss_that_is_not_a_number_stops(world: World) -> None:
         model.head.candidate.weight[0, 0] = torch.nan
     with pytest.raises(CorecError, match="not a number at step 0: lower reranker.lr"):
         reranker.train(model, world.examples, params, None)
+
+
+def test_few_requests_take_all_lengths_in_turn(world: World) -> None:
+    params = world.params(requests_per_window=1, curriculum_steps=0)
+    lengths = [reranker.training_batch(world.examples, params, step).requests[0].shape[1] for step in range(6)]
+    assert lengths == [0, 1, 2, 0, 1, 2]
+
+
+def test_another_architecture_takes_the_adapter_on_all_its_layers(world: World, tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    _, tokenizer = backbones.tiny_model()
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                           max_position_embeddings=4096)  # fmt: skip
+    torch.manual_seed(0)
+    backbones.save_whole(tmp_path / "neox", GPTNeoXForCausalLM(config), tokenizer)
+    model = world.build(world.params(backbone=str(tmp_path / "neox")))
+    unlike_start(model)
+    batched = reranker.score(model, world.examples, world.pools, world.requests)
+    rows = reranker.make_rows(model, world.examples, world.pools.take(np.array([2])), [world.requests[1][[2]]])
+    with torch.no_grad():
+        np.testing.assert_allclose(batched[2, 1], textbook_scores(model, rows[0]).numpy(), atol=1e-4)
 
 
 def test_untied_models_train_both_tables() -> None:
