@@ -27,11 +27,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count --verify notebooks/*.ipynb
 
 # Outputs stay out of commits, except in cells tagged keep_output.
 strip: env
-	$(BIN)/nbstripout notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count notebooks/*.ipynb
 
 clean:
 	rm -rf .venv runs .cache
