@@ -230,6 +230,14 @@ def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return table[keep]
 
 
+def error_bars(rows: pd.DataFrame) -> list[pd.Series]:
+    """Lengths of the error bars below and above each value, as matplotlib wants them.
+
+    Never negative: the percentile interval of a very skewed sample may leave its mean out.
+    """
+    return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
+
+
 def load(run: str) -> pd.DataFrame:
     """The results table of a run (raises CorecError when stage 05 has not finished)."""
     paths.require(run, "evaluation")

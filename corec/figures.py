@@ -24,7 +24,7 @@ def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
     """One line a model over `x`, with its interval."""
     for number, (model, rows) in enumerate(table.groupby("model", sort=False)):
         rows = rows.sort_values(x)
-        errors = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        errors = evaluation.error_bars(rows)
         shift = 0.04 * (number - 2)
         axis.errorbar(
             rows[x].astype(float) + shift, rows["value"], errors, label=str(model), color=PALETTE[str(model)],
@@ -89,8 +89,7 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
         for bars, (_, model) in zip(list(axis.containers), rows.groupby("model", sort=False), strict=True):
             model = model.sort_values("n_tokens")
             centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]  # type: ignore[attr-defined]
-            errors = [model["value"] - model["low"], model["high"] - model["value"]]
-            axis.errorbar(centres, model["value"], errors, fmt="none", color="0.2", capsize=2, linewidth=1)
+            axis.errorbar(centres, model["value"], evaluation.error_bars(model), fmt="none", color="0.2", capsize=2, linewidth=1)
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
         axis.get_legend().remove()
     legend(figure)
