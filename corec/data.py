@@ -71,7 +71,7 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def read_movielens(files: list[Path], genre: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Raw interactions and items of a MovieLens set in RecBole's atomic files.
+    """Raw interactions and items of a MovieLens set in RecBole's atomic files; the genre `unknown` counts as missing.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def read_movielens(files: list[Path], genre: str) -> tuple[pd.DataFrame, pd.Data
         interactions[name] = numbers
     items = read_table(item, {"item_id": "item_id", "movie_title": "title", "release_year": "year", genre: "genres"})
     items["year"] = pd.to_numeric(items["year"], errors="coerce")
-    items["genres"] = items["genres"].str.split()
+    items["genres"] = items["genres"].str.split().map(lambda names: [name for name in names if name != "unknown"])
     return interactions, items.drop_duplicates("item_id")
 
 

@@ -717,7 +717,9 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
     """
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
-    bare = build(items, table, params, seed=0, adapt=False)
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # as it was trained, should `auto` now differ
+    bare = build(items, table, params.model_copy(update={"dtype": dtype}), seed=0, adapt=False)
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
