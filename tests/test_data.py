@@ -39,7 +39,7 @@ def test_paper_split_of_fifty_is_40_5_5() -> None:
 
 
 def test_file_order_breaks_ties_in_time(atomic: Path) -> None:
-    raw, _ = data.SOURCES["ml-100k"].read(data.source_files(params(atomic)))
+    raw = data.SOURCES["ml-100k"].read(data.source_files(params(atomic)), params(atomic)).interactions
     tables = data.prepare(params(atomic))
     ids = tables.items.set_index("item")["item_id"]
     first = tables.interactions[tables.interactions["user"] == 0]
@@ -47,7 +47,7 @@ def test_file_order_breaks_ties_in_time(atomic: Path) -> None:
 
 
 def test_k_core_leaves_no_sparse_user_or_item(atomic: Path) -> None:
-    raw, _ = data.SOURCES["ml-100k"].read(data.source_files(params(atomic)))
+    raw = data.SOURCES["ml-100k"].read(data.source_files(params(atomic)), params(atomic)).interactions
     kept = data.k_core(raw, 6)
     assert 0 < len(kept) < len(raw)
     assert kept["user_id"].value_counts().min() >= 6 and kept["item_id"].value_counts().min() >= 6
@@ -122,4 +122,31 @@ def test_coverage_counts_missing_values() -> None:
     })  # fmt: skip
     interactions = pd.DataFrame({"user": [0, 0], "item": [1, 2], "split": ["train", "test"]})
     windows = pd.DataFrame({"split": ["test"]})
-    assert data.card(data.Tables(interactions, items, windows))["coverage"] == {"year": 0.5, "genres": 0.5}
+    catalogue = items[["item_id", "title", "year", "genres"]].assign(complete=[True, False])
+    dirt = pd.DataFrame({"file": ["x"], "reason": ["odd"], "rows": [3]})
+    tables = data.Tables(interactions, items, windows, catalogue, dirt)
+    card = data.card(tables)
+    assert card["coverage"] == {"year": 0.5, "genres": 0.5} and card["left out"] == {"x: odd": 3}
+    assert data.coverage(tables)["complete"].to_dict() == {"year": 1.0, "genres": 1.0}
+    found = data.buckets(tables, "movielens").query("attribute == 'era'")
+    assert list(zip(found["stage"], found["value"], found["items"], found["share"], strict=True)) == [
+        (stage, "1990 to 1994", 1, 1.0) for stage in ("read", "complete", "used")
+    ]
+
+
+def test_items_that_lack_something_required_are_left_out(atomic: Path) -> None:
+    path = atomic / "ml-100k.item"
+    lines = path.read_text().splitlines()
+    lines[1:4] = [line.rsplit("\t", 1)[0] + "\tunknown" for line in lines[1:4]]
+    path.write_text("\n".join(lines) + "\n")
+    tables = data.prepare(params(atomic, required=["genres"]))
+    assert set(tables.catalogue["item_id"]) - set(tables.items["item_id"]) == {"i0", "i1", "i2"}
+    left_out = 40 * 12 - len(tables.interactions)
+    assert left_out > 0 and data.card(tables)["left out"] == {"interactions: of an incomplete item": left_out}
+
+
+def test_brand_effect() -> None:
+    brands = pd.Series(["Sony", "SONY", "by Sony", "Unknown", None])
+    effect = data.brand_effect(pd.DataFrame({"brand_raw": brands}))
+    assert effect["brands"].to_dict() == {"as_is": 4, "normalised": 1}
+    assert effect["items without one"].to_dict() == {"as_is": 1, "normalised": 2}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from corec import CorecError, backbones, controls, data, paths, reranker
+from corec import CorecError, backbones, controls, data, paths, plan, reranker
 from corec.params import ControlsParams, DataParams, MaxWindows, Params, RerankerParams
 
 READOUTS = [
@@ -289,3 +289,47 @@ def test_untied_models_train_both_tables() -> None:
     config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                          num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
     assert reranker.token_layers(LlamaForCausalLM(config), [60, 61]) == {"embed_tokens": [60, 61], "lm_head": [60, 61]}
+
+
+def test_llama_3_in_small_goes_all_the_way(world: World, tmp_path: Path) -> None:
+    """The architecture of Llama-3-8B (grouped queries, untied head), with the paper's read-out, prompt and settings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = backbones.tiny_model()
+    shape = plan.SHAPES["meta-llama/Meta-Llama-3-8B"] | {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    backbones.save_whole(tmp_path / "llama", LlamaForCausalLM(LlamaConfig(**shape)), tokenizer)
+    paper = {"readout": "index", "request_position": "before", "values": "words", "lora_dropout": 0.05, "lr": 1e-2}
+    params = world.params(backbone=str(tmp_path / "llama"), gradient_checkpointing=True, curriculum_steps=0, **paper)
+    model = world.build(params)
+    start = {name: value.detach().clone() for name, value in model.trainable().items()}
+    assert sum("trainable_tokens" in name for name in start) == 2, "new rows of both tables are trained"
+    curve = reranker.train(model, world.examples, params, None)
+    assert np.isfinite(curve["loss"]).all()
+    assert all((value != start[name]).any() for name, value in model.trainable().items() if "lora_A" not in name)
+    assert all("lora_" in name or "trainable_tokens" in name for name in start), "the tables themselves stay as they were"
+    wanted = reranker.score(model, world.examples, world.pools, world.requests)
+    reranker.save(model, curve, tmp_path)
+    again = reranker.load(tmp_path, world.tables.items, world.prepared.table, params.reranker)
+    np.testing.assert_allclose(reranker.score(again, world.examples, world.pools, world.requests), wanted, atol=1e-5)
+    merged = reranker.Reranker(again.model.merge_and_unload(), again.tokenizer, again.head, again.prompter, again.params)
+    assert not isinstance(merged.model, PeftModel)
+    np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
+    assert reranker.score_gap(wanted, world.pools, world.requests, world.prepared.table.membership).keys() == {1, 2}
+
+
+def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    params = world.params(readout="index")
+    model = world.build(params)
+    added = len(reranker.new_tokens(world.prepared.table, params.reranker))
+    made = plan.plan(params.reranker, tokens=100, new_tokens=added)
+    assert made.trainable == sum(value.numel() for value in model.trainable().values())
+    assert made.parameters == sum(value.numel() for value in model.model.parameters())
+    assert plan.main([str(Path(__file__).parents[1] / "params" / "amazon-electronics.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "8,052,215,808" in said and "21,463,040" in said and "4 devices" in said
+    with pytest.raises(CorecError, match=r"the configuration of '/no/model' cannot be had: .*log in to the hub"):
+        plan.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10)

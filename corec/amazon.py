@@ -1,0 +1,296 @@
+"""Amazon Review Data 2018 (Ni, Li and McAuley, EMNLP 2019): its files, read as a stream, and the dirt in them.
+
+A category has two files of JSON lines: reviews and metadata. A thread decompresses, DuckDB parses, joins and counts
+within a fixed memory. Only users who can pass the split's first test ever reach Python, so memory does not grow
+with the number of reviews. Rows that cannot be used are counted by reason and left out.
+"""
+
+import fcntl
+import html
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from corec import CorecError
+from corec.params import DataParams
+
+BLOCK = 1 << 20  # bytes read from a file at a time
+GZIP = b"\x1f\x8b\x08"  # how every gzip member begins
+MEMORY = "700MB"  # DuckDB's limit; beyond it, it works on disk
+
+
+CATEGORIES = (
+    "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories "
+    "Clothing_Shoes_and_Jewelry Digital_Music Electronics Gift_Cards Grocery_and_Gourmet_Food Home_and_Kitchen "
+    "Industrial_and_Scientific Kindle_Store Luxury_Beauty Magazine_Subscriptions Movies_and_TV Musical_Instruments "
+    "Office_Products Patio_Lawn_and_Garden Pet_Supplies Prime_Pantry Software Sports_and_Outdoors Tools_and_Home_Improvement "
+    "Toys_and_Games Video_Games"
+).split()
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".gz", "")
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file of this name in a folder, packed or plain (raises CorecError when there is none)."""
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    raise CorecError(
+        f"{folder / name}.json.gz is missing (so is {name} with {', '.join(SUFFIXES[1:-1])}): put the file there, set "
+        "data.reviews to the kind that is there (full or 5-core), or leave data.path empty for the download."
+    )
+
+
+class Parsed(NamedTuple):
+    """What a field holds: its value, or None and the reason why there is none."""
+
+    value: str | float | None
+    fault: str = ""
+
+
+def parse_price(text: str | None) -> Parsed:
+    """Dollars of ``$12.99`` or ``$1,234.56``; none for a range, as in the paper, or for anything else."""
+    text = (text or "").strip()
+    if not text or text == "[]":
+        return Parsed(None, "missing")
+    if found := re.fullmatch(r"\$?\s*(\d[\d,]{0,14}(?:\.\d{1,4})?)", text, re.ASCII):
+        return Parsed(float(found[1].replace(",", "")))
+    return Parsed(None, "range" if re.match(r"\$[\d,.]+\s*-\s*\$[\d,.]+", text) else "not a price")
+
+
+def strings(text: str | None) -> list[str]:
+    """The strings of a field that is a JSON list, or one plain string, or empty."""
+    text = (text or "").strip()
+    if text.startswith("["):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return [text]
+        return [entry for entry in found if isinstance(entry, str) and entry.strip()]
+    return [text] if text else []
+
+
+def parse_rank(text: str | None) -> Parsed:
+    """The best rank among ``>#1,234 in Electronics (See Top 100 …)``, one string or a list of them."""
+    entries = strings(text)
+    if not entries:
+        return Parsed(None, "missing")
+    found = [match[1] for entry in entries if (match := re.match(r"\W*(\d[\d,]{0,14}) in\b", entry, re.ASCII))]
+    ranks = [number for digits in found if (number := int(digits.replace(",", ""))) > 0]
+    return Parsed(float(min(ranks))) if ranks else Parsed(None, "not a rank")
+
+
+def parse_title(text: str | None) -> Parsed:
+    """The title without tags and entities; none when a script or a style sheet stands in its place."""
+    text = (text or "").strip()
+    if not text:
+        return Parsed(None, "missing")
+    if re.search(r"<script|function\s*\(|\{[^}]*:[^}]*;", text, re.IGNORECASE):
+        return Parsed(None, "script or style")
+    if "<" in text or "&" in text:
+        text = html.unescape(re.sub(r"<[^<>]{0,2000}>", " ", text))
+    text = " ".join(text.split())
+    return Parsed(text) if text else Parsed(None, "only markup")
+
+
+def parse_brand(text: str | None, normalise: bool = False) -> Parsed:
+    """The brand; `normalise` drops ``by``, case and double spaces, and takes ``Unknown`` for none."""
+    text = " ".join(html.unescape(text or "").split())
+    if normalise:
+        text = re.sub(r"^(?:visit the|by)\s+", "", text.casefold()).strip(" .,;:-")
+    if not text or (normalise and text in ("unknown", "n/a", "na", "none", "generic", "no brand", "unbranded")):
+        return Parsed(None, "missing")
+    return Parsed(text) if len(text) <= 100 else Parsed(None, "too long for a name")
+
+
+def parse_category(text: str | None) -> Parsed:
+    """The leaf of the category list, without entities; entries that are sentences (a known fault) do not count."""
+    names = [" ".join(html.unescape(entry).split()) for entry in strings(text)]
+    names = [name for name in names if name and len(name) <= 60 and "<" not in name]
+    return Parsed(names[-1]) if names else Parsed(None, "missing")
+
+
+def plain_blocks(file: BinaryIO, faults: Counter[str]) -> Iterator[bytes]:
+    """The file's bytes, decompressed where it is gzip; what follows a fault is skipped up to the next member."""
+    rest = file.read(BLOCK)
+    if not rest.startswith(GZIP):
+        while rest:
+            yield rest
+            rest = file.read(BLOCK)
+    while rest:  # one member a turn
+        engine = zlib.decompressobj(wbits=31)
+        try:
+            yield engine.decompress(rest)
+            while not engine.eof:
+                rest = file.read(BLOCK)
+                if not rest:
+                    faults["gzip file cut short"] += 1
+                    return
+                yield engine.decompress(rest)
+            rest = (engine.unused_data or file.read(BLOCK)).lstrip(b"\0")  # a member may be followed by padding
+        except zlib.error:
+            faults["gzip member broken"] += 1
+            yield b"\n"  # ends the line that was cut
+            rest = next_member(rest[1:], file)
+
+
+def next_member(block: bytes, file: BinaryIO) -> bytes:
+    """Bytes from the next gzip member on; empty at the end of the file."""
+    while (place := block.find(GZIP)) < 0:
+        more = file.read(BLOCK)
+        if not more:
+            return b""
+        block = block[-2:] + more
+    return block[place:]
+
+
+def pump(source: Path, pipe: Path, faults: Counter[str]) -> None:
+    """Write a file's plain text into a named pipe, until its end or until nobody reads on."""
+    with pipe.open("wb", buffering=0) as sink, source.open("rb") as file:
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with suppress(OSError):
+                fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, BLOCK)
+        with suppress(BrokenPipeError):
+            for block in plain_blocks(file, faults):
+                view = memoryview(block)
+                while view:
+                    view = view[sink.write(view) :]
+
+
+@contextmanager
+def stream(source: Path, folder: Path, faults: Counter[str]) -> Iterator[Path]:
+    """A named pipe in `folder` that a thread fills with the plain text of `source`."""
+    pipe = folder / "lines"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        filled = pool.submit(pump, source, pipe, faults)
+        try:
+            yield pipe
+        finally:
+            os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))  # frees a thread that still waits for a reader
+            pipe.unlink()
+        filled.result()
+
+
+FIELDS = ("asin", "title", "brand", "rank", "price", "category")
+PARSERS = {"title": parse_title, "rank": parse_rank, "price": parse_price, "category": parse_category}
+
+
+def lines(pipe: Path, columns: dict[str, str]) -> str:
+    """DuckDB's reader of JSON lines: wanted columns only, other types as text, a row of NULLs for a line that is no JSON."""
+    wanted = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
+    return f"read_json('{pipe}', format='newline_delimited', columns={{{wanted}}}, ignore_errors=true)"
+
+
+def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[tuple[str, str]]) -> pd.DataFrame:
+    """Items of a metadata file, in its order.
+
+    Returns
+    -------
+    Columns ``item_id title brand brand_raw rank price category description``; the last is whether there is one.
+    """
+    fields = dict.fromkeys((*FIELDS, "description"), "VARCHAR")
+    parts, faults = [], Counter[str]()
+    database = duckdb.connect(config={"memory_limit": MEMORY})
+    with stream(path, scratch, faults) as pipe:
+        query = f"select {', '.join(FIELDS)}, coalesce(length(description) > 4, false) as description from {lines(pipe, fields)}"
+        reader: pa.RecordBatchReader = database.sql(query).to_arrow_reader(100_000)
+        for batch in reader:
+            text = {name: batch.column(name).to_pylist() for name in FIELDS}
+            parsed = {name: [parse(value) for value in text[name]] for name, parse in PARSERS.items()}
+            parsed["brand_raw"] = [parse_brand(value) for value in text["brand"]]
+            parsed["brand"] = [parse_brand(value, params.brand == "normalised") for value in text["brand"]]
+            for name, entries in parsed.items():
+                dirt.update((name, entry.fault) for entry in entries if entry.fault and name != "brand_raw")
+            values = {name: [entry.value for entry in entries] for name, entries in parsed.items()}
+            flags = batch.column("description").to_pylist()
+            parts.append(pd.DataFrame({"item_id": text["asin"], **values, "description": flags}))
+    database.close()
+    columns = ["item_id", "title", "brand", "brand_raw", "rank", "price", "category", "description"]
+    items = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
+    if items.empty or items["item_id"].isna().all():
+        raise not_of_the_format(path, "asin")
+    dirt.update({("metadata", fault): count for fault, count in faults.items()})
+    for reason, bad in (
+        ("line without an item", items["item_id"].isna()),
+        ("item listed again", items["item_id"].notna() & items["item_id"].duplicated()),
+    ):
+        dirt["metadata", reason] += int(bad.sum())
+    return items[items["item_id"].notna() & ~items["item_id"].duplicated()].reset_index(drop=True)
+
+
+def read_reviews(
+    path: Path, scratch: Path, items: pd.DataFrame, params: DataParams, dirt: Counter[tuple[str, str]]
+) -> pd.DataFrame:
+    """Reviews of complete items by users with enough of them, in the file's order.
+
+    Which users pass is decided as :func:`corec.data.split_by_time` will: the first review of a user and an item
+    counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more.
+
+    Parameters
+    ----------
+    items
+        Columns ``item_id`` and ``complete``.
+
+    Returns
+    -------
+    Columns ``user_id item_id rating timestamp``.
+    """
+    columns = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "overall": "FLOAT", "unixReviewTime": "BIGINT"}
+    faults = Counter[str]()
+    known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
+    limits: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch)}
+    with duckdb.connect(str(scratch / "reviews.duckdb"), config=limits) as database:
+        database.register("known", known)
+        with stream(path, scratch, faults) as pipe:  # rowid counts in the file's order: a join here would shuffle it
+            database.execute(
+                "create table reviews as select reviewerID as user_id, asin, overall as rating, unixReviewTime as timestamp "
+                f"from {lines(pipe, columns)}"
+            )
+        usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
+        rows, bad, stray, incomplete = database.execute(
+            f"select count(*), count(*) filter (not ({usable})), count(*) filter ({usable} and item is null), "
+            f"count(*) filter ({usable} and not complete) from reviews left join known on asin = item_id"
+        ).fetchall()[0]
+        database.execute(
+            "create table firsts as select user_id, item, min(reviews.rowid) as place "
+            f"from reviews join known on asin = item_id where {usable} and complete group by all"
+        )
+        kept = database.execute("select count(*) from firsts").fetchall()[0][0]
+        if params.protocol == "paper":
+            chosen = f"having count(*) >= {params.min_interactions} order by count(*) desc, min(place) limit {params.max_users}"
+        else:
+            chosen = f"having count(*) >= {params.core}"
+        table = database.execute(
+            "select firsts.user_id, item, rating, timestamp from firsts join reviews on reviews.rowid = place "
+            f"where firsts.user_id in (select user_id from firsts group by user_id {chosen}) order by place"
+        ).df()
+    counts = {
+        "line without user, item, rating or time": bad,
+        "review without metadata": stray,
+        "review of an incomplete item": incomplete,
+        "item reviewed again by the same user": rows - bad - stray - incomplete - kept,
+    }
+    dirt.update({("reviews", reason): count for reason, count in (counts | faults).items()})
+    if rows == bad:
+        raise not_of_the_format(path, "reviewerID, asin, overall and unixReviewTime")
+    return table.assign(item_id=items["item_id"].to_numpy()[table.pop("item")])
+
+
+def not_of_the_format(path: Path, fields: str) -> CorecError:
+    """What to say of a file without a single usable line."""
+    return CorecError(
+        f"{path} is not of the format of Amazon Review Data 2018: no line of it is a JSON object with {fields}; "
+        "download the file again, or name another folder in data.path."
+    )
