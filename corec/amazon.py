@@ -1,22 +1,19 @@
 """Amazon Review Data 2018 (Ni, Li and McAuley, EMNLP 2019): its files, read as a stream, and the dirt in them.
 
-A category has two files of JSON lines: reviews and metadata. A thread decompresses, DuckDB parses, joins and counts
-within a fixed memory. Only users who can pass the split's first test ever reach Python, so memory does not grow
+A category has two files of JSON lines: reviews and metadata. DuckDB decompresses, parses, joins and counts within a
+fixed memory. Only users who can pass the split's first test ever reach Python, so memory does not grow
 with the number of reviews. Rows that cannot be used are counted by reason and left out.
 """
 
-import fcntl
 import html
 import json
-import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import duckdb
 import numpy as np
@@ -155,42 +152,72 @@ def next_member(block: bytes, file: BinaryIO) -> bytes:
     return block[place:]
 
 
-def pump(source: Path, pipe: Path, faults: Counter[str]) -> None:
-    """Write a file's plain text into a named pipe, until its end or until nobody reads on."""
-    with pipe.open("wb", buffering=0) as sink, source.open("rb") as file:
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
-            with suppress(OSError):
-                fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, BLOCK)
-        with suppress(BrokenPipeError):
-            for block in plain_blocks(file, faults):
-                view = memoryview(block)
-                while view:
-                    view = view[sink.write(view) :]
-
-
-@contextmanager
-def stream(source: Path, folder: Path, faults: Counter[str]) -> Iterator[Path]:
-    """A named pipe in `folder` that a thread fills with the plain text of `source`."""
-    pipe = folder / "lines"
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        filled = pool.submit(pump, source, pipe, faults)
-        try:
-            yield pipe
-        finally:
-            os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))  # frees a thread that still waits for a reader
-            pipe.unlink()
-        filled.result()
+def salvage(source: Path, scratch: Path, faults: Counter[str]) -> Path:
+    """A plain copy in `scratch` of what can be read of a broken file."""
+    target = scratch / f"{source.name}.salvaged"
+    with source.open("rb") as file, target.open("wb") as sink:
+        for block in plain_blocks(file, faults):
+            sink.write(block)
+    return target
 
 
 FIELDS = ("asin", "title", "brand", "rank", "price", "category")
 PARSERS = {"title": parse_title, "rank": parse_rank, "price": parse_price, "category": parse_category}
 
 
-def lines(pipe: Path, columns: dict[str, str]) -> str:
-    """DuckDB's reader of JSON lines: wanted columns only, other types as text, a row of NULLs for a line that is no JSON."""
+class Column(NamedTuple):
+    """A parsed column: its values, None or NaN where there is none, and how many rows have which fault."""
+
+    values: pd.Series
+    faults: Counter[str]
+
+
+def parse_column(column: pa.Array, parse: Callable[[str | None], Parsed]) -> Column:
+    """Parse every distinct text of a column once."""
+    encoded = column.dictionary_encode("encode")
+    texts = encoded.dictionary.to_pylist()
+    values, reasons = zip(*map(parse, texts), strict=True) if texts else ((), ())
+    rows = np.bincount(encoded.indices, minlength=len(texts))
+    faults = Counter[str]()
+    for reason, count in zip(reasons, rows.tolist(), strict=True):
+        if reason:
+            faults[reason] += count
+    return Column(pa.array(values).take(encoded.indices).to_pandas(), faults)
+
+
+def load_lines(
+    database: duckdb.DuckDBPyConnection, query: str, columns: dict[str, str], path: Path, scratch: Path, faults: Counter[str]
+) -> None:
+    """Run `query`, in which ``{lines}`` stands for the JSON lines of a file.
+
+    DuckDB decompresses and parses as a stream, in the file's order. It takes the wanted columns only, values of
+    another type as text, and makes a row of NULLs of a line that is no JSON. A file whose compression is broken is
+    salvaged first.
+    """
     wanted = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
-    return f"read_json('{pipe}', format='newline_delimited', columns={{{wanted}}}, ignore_errors=true)"
+    with path.open("rb") as file:
+        packed = file.read(3).startswith(GZIP)
+    form = f"format='newline_delimited', columns={{{wanted}}}, ignore_errors=true"
+    try:
+        compression = "gzip" if packed else "none"
+        database.execute(query.format(lines=f"read_json({quoted(path)}, {form}, compression='{compression}')"))
+    except duckdb.IOException:
+        if not packed:
+            raise
+        print(f"{path} is broken: what is whole in it will be used", flush=True)
+        whole = salvage(path, scratch, faults)
+        database.execute(query.format(lines=f"read_json({quoted(whole)}, {form}, compression='none')"))
+        whole.unlink()
+
+
+def quoted(path: Path) -> str:
+    """A path as SQL text; braces and wildcards in it stand for themselves."""
+    return "'" + re.sub(r"([\[\]*?])", r"[\1]", str(path)).replace("'", "''") + "'"
+
+
+def open_database(scratch: Path, name: str) -> duckdb.DuckDBPyConnection:
+    """A database on disk that stays within `MEMORY`."""
+    return duckdb.connect(str(scratch / name), config={"memory_limit": MEMORY, "temp_directory": str(scratch)})
 
 
 def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[tuple[str, str]]) -> pd.DataFrame:
@@ -202,21 +229,22 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
     """
     fields = dict.fromkeys((*FIELDS, "description"), "VARCHAR")
     parts, faults = [], Counter[str]()
-    database = duckdb.connect(config={"memory_limit": MEMORY})
-    with stream(path, scratch, faults) as pipe:
-        query = f"select {', '.join(FIELDS)}, coalesce(length(description) > 4, false) as description from {lines(pipe, fields)}"
-        reader: pa.RecordBatchReader = database.sql(query).to_arrow_reader(100_000)
-        for batch in reader:
-            text = {name: batch.column(name).to_pylist() for name in FIELDS}
-            parsed = {name: [parse(value) for value in text[name]] for name, parse in PARSERS.items()}
-            parsed["brand_raw"] = [parse_brand(value) for value in text["brand"]]
-            parsed["brand"] = [parse_brand(value, params.brand == "normalised") for value in text["brand"]]
-            for name, entries in parsed.items():
-                dirt.update((name, entry.fault) for entry in entries if entry.fault and name != "brand_raw")
-            values = {name: [entry.value for entry in entries] for name, entries in parsed.items()}
-            flags = batch.column("description").to_pylist()
-            parts.append(pd.DataFrame({"item_id": text["asin"], **values, "description": flags}))
-    database.close()
+    described = "coalesce(length(description) > 4, false) as description"  # [] and [""] are none
+    with open_database(scratch, "metadata.duckdb") as database:
+        query = f"create table items as select {', '.join(FIELDS)}, {described} from {{lines}}"
+        load_lines(database, query, fields, path, scratch, faults)
+        for batch in database.table("items").to_arrow_reader(100_000):
+            parsed = {name: parse_column(batch.column(name), parse) for name, parse in PARSERS.items()}
+            parsed["brand_raw"] = parse_column(batch.column("brand"), parse_brand)
+            if params.brand == "normalised":
+                parsed["brand"] = parse_column(batch.column("brand"), partial(parse_brand, normalise=True))
+            else:
+                parsed["brand"] = parsed["brand_raw"]
+            for name, column in parsed.items():
+                dirt.update({(name, fault): count for fault, count in column.faults.items() if name != "brand_raw"})
+            values = {name: column.values for name, column in parsed.items()}
+            ids, described = batch.column("asin").to_pandas(), batch.column("description").to_pandas()
+            parts.append(pd.DataFrame({"item_id": ids, **values, "description": described}))
     columns = ["item_id", "title", "brand", "brand_raw", "rank", "price", "category", "description"]
     items = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
     if items.empty or items["item_id"].isna().all():
@@ -230,61 +258,72 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
     return items[items["item_id"].notna() & ~items["item_id"].duplicated()].reset_index(drop=True)
 
 
-def read_reviews(
+def load_reviews(path: Path, scratch: Path) -> Counter[str]:
+    """Load a review file's rows into a database in `scratch`; returns the faults of its compression.
+
+    No join yet: it would shuffle the rows, and ``rowid`` has to count in the file's order.
+    """
+    columns = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "overall": "FLOAT", "unixReviewTime": "BIGINT"}
+    query = (
+        "create table reviews as select reviewerID as user_id, asin, overall as rating, unixReviewTime as timestamp from {lines}"
+    )
+    faults = Counter[str]()
+    with open_database(scratch, "reviews.duckdb") as database:
+        load_lines(database, query, columns, path, scratch, faults)
+    return faults
+
+
+def choose_reviews(
     path: Path, scratch: Path, items: pd.DataFrame, params: DataParams, dirt: Counter[tuple[str, str]]
 ) -> pd.DataFrame:
-    """Reviews of complete items by users with enough of them, in the file's order.
+    """Of the loaded reviews, those of complete items by users with enough of them, in the file's order.
 
     Which users pass is decided as :func:`corec.data.split_by_time` will: the first review of a user and an item
     counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more.
 
     Parameters
     ----------
+    path
+        The file that was loaded.
     items
         Columns ``item_id`` and ``complete``.
 
     Returns
     -------
     Columns ``user_id item_id rating timestamp``.
+
+    Raises
+    ------
+    CorecError
+        When no line of the file has all four.
     """
-    columns = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "overall": "FLOAT", "unixReviewTime": "BIGINT"}
-    faults = Counter[str]()
     known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
-    limits: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch)}
-    with duckdb.connect(str(scratch / "reviews.duckdb"), config=limits) as database:
+    usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
+    if params.protocol == "paper":
+        chosen = f"having count(*) >= {params.min_interactions} order by count(*) desc, min(place) limit {params.max_users}"
+    else:
+        chosen = f"having count(*) >= {params.core}"
+    with open_database(scratch, "reviews.duckdb") as database:
         database.register("known", known)
-        with stream(path, scratch, faults) as pipe:  # rowid counts in the file's order: a join here would shuffle it
-            database.execute(
-                "create table reviews as select reviewerID as user_id, asin, overall as rating, unixReviewTime as timestamp "
-                f"from {lines(pipe, columns)}"
-            )
-        usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
         rows, bad, stray, incomplete = database.execute(
             f"select count(*), count(*) filter (not ({usable})), count(*) filter ({usable} and item is null), "
             f"count(*) filter ({usable} and not complete) from reviews left join known on asin = item_id"
         ).fetchall()[0]
+        if rows == bad:
+            raise not_of_the_format(path, "reviewerID, asin, overall and unixReviewTime")
         database.execute(
             "create table firsts as select user_id, item, min(reviews.rowid) as place "
             f"from reviews join known on asin = item_id where {usable} and complete group by all"
         )
         kept = database.execute("select count(*) from firsts").fetchall()[0][0]
-        if params.protocol == "paper":
-            chosen = f"having count(*) >= {params.min_interactions} order by count(*) desc, min(place) limit {params.max_users}"
-        else:
-            chosen = f"having count(*) >= {params.core}"
         table = database.execute(
             "select firsts.user_id, item, rating, timestamp from firsts join reviews on reviews.rowid = place "
             f"where firsts.user_id in (select user_id from firsts group by user_id {chosen}) order by place"
         ).df()
-    counts = {
-        "line without user, item, rating or time": bad,
-        "review without metadata": stray,
-        "review of an incomplete item": incomplete,
-        "item reviewed again by the same user": rows - bad - stray - incomplete - kept,
-    }
-    dirt.update({("reviews", reason): count for reason, count in (counts | faults).items()})
-    if rows == bad:
-        raise not_of_the_format(path, "reviewerID, asin, overall and unixReviewTime")
+    dirt["reviews", "line without user, item, rating or time"] += bad
+    dirt["reviews", "review without metadata"] += stray
+    dirt["reviews", "review of an incomplete item"] += incomplete
+    dirt["reviews", "item reviewed again by the same user"] += rows - bad - stray - incomplete - kept
     return table.assign(item_id=items["item_id"].to_numpy()[table.pop("item")])
 
 

@@ -17,6 +17,7 @@ import difflib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,9 +76,11 @@ def complete(catalogue: pd.DataFrame, required: Sequence[str]) -> pd.Series:
 
 def filled(column: pd.Series) -> pd.Series:
     """Where a column holds something."""
-    if column.map(lambda value: isinstance(value, list | np.ndarray)).any():
+    if column.dtype == bool:
+        return column
+    if column.dtype == object and column.map(lambda value: isinstance(value, list | np.ndarray)).any():
         return column.map(lambda value: isinstance(value, list | np.ndarray) and len(value) > 0)
-    return column.fillna(False).astype(bool) if column.dtype == bool else column.notna()
+    return column.notna()
 
 
 def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
@@ -147,13 +150,19 @@ def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
 
 
 def read_amazon(files: list[Path], params: DataParams) -> Raw:
-    """Interactions and items of a category of Amazon Review Data 2018 (see :mod:`corec.amazon`)."""
+    """Interactions and items of a category of Amazon Review Data 2018 (see :mod:`corec.amazon`).
+
+    Reviews are loaded by a thread while the metadata is parsed: both wait for their decompression most of the time.
+    """
     reviews, metadata = files
     dirt = Counter[tuple[str, str]]()
-    with tempfile.TemporaryDirectory(dir=paths.cache_dir()) as scratch:
-        items = amazon.read_metadata(metadata, Path(scratch), params, dirt)
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir()) as folder, ThreadPoolExecutor(1) as pool:
+        scratch = Path(folder)
+        loading = pool.submit(amazon.load_reviews, reviews, scratch)
+        items = amazon.read_metadata(metadata, scratch, params, dirt)
         items["complete"] = complete(items, params.required)
-        interactions = amazon.read_reviews(reviews, Path(scratch), items, params, dirt)
+        dirt.update({("reviews", reason): count for reason, count in loading.result().items()})
+        interactions = amazon.choose_reviews(reviews, scratch, items, params, dirt)
     return Raw(interactions, items, dirt)
 
 
@@ -350,16 +359,14 @@ def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame
     -------
     Columns ``window user split position target history``; histories are lists of items, oldest first.
     """
-    rows: list[tuple[int, str, int, int, list[int]]] = []
-    short = params.window - 1 if params.protocol == "paper" else params.window
-    for user, table in interactions.groupby("user"):
-        items, splits = table["item"].to_numpy(), table["split"].to_numpy()
-        for position in range(1, len(items)):
-            size = short if splits[position] == "train" else params.window
-            if splits[position] != "train" or position >= size:
-                history = items[max(0, position - size) : position].tolist()
-                rows.append((int(str(user)), splits[position], position, int(items[position]), history))
-    table = pd.DataFrame(rows, columns=["user", "split", "position", "target", "history"])
+    items, position = interactions["item"].to_numpy(), interactions["position"].to_numpy()
+    train = (interactions["split"] == "train").to_numpy()
+    size = np.where(train, params.window - (params.protocol == "paper"), params.window)
+    rows = np.flatnonzero((position >= 1) & (~train | (position >= size)))
+    starts = rows - np.minimum(size, position)[rows]  # a user's rows lie together, in order
+    table = interactions.iloc[rows][["user", "split", "position"]].reset_index(drop=True)
+    table["target"] = items[rows]
+    table["history"] = [items[start:row].tolist() for start, row in zip(starts, rows, strict=True)]
     return table.rename_axis("window").reset_index()
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-PRICES = (4.99, 12.5, 19.99, 39.0, 79.95, 249.0)  # one in every bucket of the scheme
-RANKS = (2, 4, 9, 31, 77, 150, 420, 9000)
+# Where the scheme's buckets begin, and an end.
+EDGES = {"price": (1, 10, 15, 25, 50, 100, 1500), "rank": (1, 4, 6, 11, 51, 101, 201, 501, 90_000)}
 NOUNS = "Shampoo Lamp Kettle Camera Blanket Backpack Keyboard Perfume Puzzle Drill Notebook Teapot".split()
 WORDS = (
     "the a this it is was and but with for very good great works well price quality fast arrived box broke after "
@@ -42,7 +42,7 @@ def write_gzip(path: Path, lines: Iterable[str]) -> None:
 
 def attributes(items: int, brands: int, tastes: tuple[str, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Number of each item's value, by attribute [items]; all 0 where no taste is planted."""
-    sizes = {"price": len(PRICES), "brand": brands, "rank": len(RANKS), "category": len(NOUNS)}
+    sizes = {"price": len(EDGES["price"]) - 1, "brand": brands, "rank": len(EDGES["rank"]) - 1, "category": len(NOUNS)}
     return {name: rng.integers(0, size if name in tastes else 1, items) for name, size in sizes.items()}
 
 
@@ -50,6 +50,8 @@ def metadata(values: dict[str, np.ndarray], text: str, rng: np.random.Generator)
     """Lines of the metadata file; field by field as in the official one, a few kilobytes each."""
     items = len(values["price"])
     starts, lengths = rng.integers(0, len(text) - 4000, items), rng.integers(300, 2500, items)
+    bounds = {name: (np.take(edges, values[name]), np.take(edges, values[name] + 1)) for name, edges in EDGES.items()}
+    prices, ranks = (rng.uniform(*bounds[name]) for name in ("price", "rank"))
     related = rng.integers(0, items, (items, 30))
     for item in range(items):
         noun, brand = NOUNS[values["category"][item]], f"Brand {values['brand'][item]}"
@@ -58,8 +60,8 @@ def metadata(values: dict[str, np.ndarray], text: str, rng: np.random.Generator)
             "category": ["Synthetic", f"{noun}s &amp; more"], "tech1": "", "fit": "", "tech2": "", "brand": brand,
             "description": [text[starts[item] : starts[item] + lengths[item]]], "title": f"{brand} {noun} {item}",
             "also_buy": others[:20], "feature": [text[starts[item] : starts[item] + 80]], "also_view": others[20:],
-            "rank": [f">#{RANKS[values['rank'][item]]:,} in Synthetic (See Top 100 in Synthetic)", ">#99,999 in All"],
-            "main_cat": "Synthetic", "similar_item": "", "date": "", "price": f"${PRICES[values['price'][item]]:,.2f}",
+            "rank": [f">#{int(ranks[item]):,} in Synthetic (See Top 100 in Synthetic)", ">#99,999 in All"],
+            "main_cat": "Synthetic", "similar_item": "", "date": "", "price": f"${np.floor(100 * prices[item]) / 100:,.2f}",
             "asin": asin(item), "imageURL": [], "imageURLHighRes": [],
         }) + "\n"  # fmt: skip
 
