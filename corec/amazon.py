@@ -25,7 +25,8 @@ from corec.params import DataParams
 
 BLOCK = 1 << 20  # bytes read from a file at a time
 GZIP = b"\x1f\x8b\x08"  # how every gzip member begins
-MEMORY = "700MB"  # DuckDB's limit; beyond it, it works on disk
+# What DuckDB may use; beyond it, it works on disk. Two threads: gzip comes as one stream, and each has its own buffers.
+MEMORY, THREADS = "300MB", 2
 
 
 CATEGORIES = (
@@ -216,8 +217,10 @@ def quoted(path: Path) -> str:
 
 
 def open_database(scratch: Path, name: str) -> duckdb.DuckDBPyConnection:
-    """A database on disk that stays within `MEMORY`."""
-    return duckdb.connect(str(scratch / name), config={"memory_limit": MEMORY, "temp_directory": str(scratch)})
+    """A database on disk that stays within `MEMORY`, and spills to `scratch`."""
+    return duckdb.connect(
+        str(scratch / name), config={"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(scratch)}
+    )
 
 
 def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[tuple[str, str]]) -> pd.DataFrame:
@@ -279,7 +282,8 @@ def choose_reviews(
     """Of the loaded reviews, those of complete items by users with enough of them, in the file's order.
 
     Which users pass is decided as :func:`corec.data.split_by_time` will: the first review of a user and an item
-    counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more.
+    counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more, and the
+    `latest` of each.
 
     Parameters
     ----------
@@ -299,10 +303,12 @@ def choose_reviews(
     """
     known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
     usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
+    newest = "row_number() over (partition by firsts.user_id order by timestamp desc, place desc)"
     if params.protocol == "paper":
         chosen = f"having count(*) >= {params.min_interactions} order by count(*) desc, min(place) limit {params.max_users}"
+        latest = f"qualify {newest} <= {params.latest}"
     else:
-        chosen = f"having count(*) >= {params.core}"
+        chosen, latest = f"having count(*) >= {params.core}", ""
     with open_database(scratch, "reviews.duckdb") as database:
         database.register("known", known)
         rows, bad, stray, incomplete = database.execute(
@@ -317,8 +323,8 @@ def choose_reviews(
         )
         kept = database.execute("select count(*) from firsts").fetchall()[0][0]
         table = database.execute(
-            "select firsts.user_id, item, rating, timestamp from firsts join reviews on reviews.rowid = place "
-            f"where firsts.user_id in (select user_id from firsts group by user_id {chosen}) order by place"
+            "select firsts.user_id as user_id, item, rating, timestamp from firsts join reviews on reviews.rowid = place "
+            f"where firsts.user_id in (select user_id from firsts group by user_id {chosen}) {latest} order by place"
         ).df()
     dirt["reviews", "line without user, item, rating or time"] += bad
     dirt["reviews", "review without metadata"] += stray

@@ -282,6 +282,7 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
         table = table[length >= params.min_interactions]
         most = table["user_id"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
         table = table[table["user_id"].isin(most.index[: params.max_users])]
+        table = table.sort_values("timestamp", kind="stable").groupby("user_id").tail(params.latest).sort_index()
     else:
         table = k_core(table, params.core)
     if table.empty:
@@ -290,9 +291,6 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
         )
     users, items = (pd.factorize(table[name])[0] for name in ("user_id", "item_id"))
     table = table.assign(user=users, item=items + 1).sort_values(["user", "timestamp"], kind="stable")
-    if params.protocol == "paper":
-        table = table.groupby("user").tail(params.latest)
-        table["item"] = np.unique(table["item"], return_inverse=True)[1] + 1  # without gaps
     by_user = table.groupby("user")["user"]
     position, length = by_user.cumcount(), by_user.transform("size")
     held_out = (0.1 * length).round().clip(lower=1) if params.protocol == "paper" else 1

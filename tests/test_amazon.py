@@ -204,7 +204,7 @@ def test_a_missing_file_and_an_unknown_category(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", ["paper", "leave-one-out"])
 def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str) -> None:
     reviews, metadata = synthetic.write(tmp_path / "raw", users=400, items=150, reviews=9000, seed=3)
-    given = {"protocol": protocol, "min_interactions": 20, "max_users": 60, "core": 4}
+    given = {"protocol": protocol, "min_interactions": 20, "max_users": 60, "latest": 25, "core": 4}
     params = DataParams(source="amazon-2018", category="Synthetic", path=str(tmp_path / "raw"), required=COMPLETE).model_copy(
         update=given
     )
