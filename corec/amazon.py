@@ -27,6 +27,7 @@ BLOCK = 1 << 20  # bytes read from a file at a time
 GZIP = b"\x1f\x8b\x08"  # how every gzip member begins
 # What DuckDB may use; beyond it, it works on disk. Two threads: gzip comes as one stream, and each has its own buffers.
 MEMORY, THREADS = "300MB", 2
+PART = 500_000  # reviews whose users are counted at a time
 
 
 CATEGORIES = (
@@ -303,12 +304,8 @@ def choose_reviews(
     """
     known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
     usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
-    newest = "row_number() over (partition by firsts.user_id order by timestamp desc, place desc)"
-    if params.protocol == "paper":
-        chosen = f"having count(*) >= {params.min_interactions} order by count(*) desc, min(place) limit {params.max_users}"
-        latest = f"qualify {newest} <= {params.latest}"
-    else:
-        chosen, latest = f"having count(*) >= {params.core}", ""
+    least = params.min_interactions if params.protocol == "paper" else params.core
+    most, latest = (params.max_users, params.latest) if params.protocol == "paper" else (2**60, 2**60)
     with open_database(scratch, "reviews.duckdb") as database:
         database.register("known", known)
         rows, bad, stray, incomplete = database.execute(
@@ -317,14 +314,23 @@ def choose_reviews(
         ).fetchall()[0]
         if rows == bad:
             raise not_of_the_format(path, "reviewerID, asin, overall and unixReviewTime")
-        database.execute(
-            "create table firsts as select user_id, item, min(reviews.rowid) as place "
-            f"from reviews join known on asin = item_id where {usable} and complete group by all"
-        )
-        kept = database.execute("select count(*) from firsts").fetchall()[0][0]
+        database.execute("create table firsts (user_id varchar, item integer, place bigint)")
+        kept, parts = 0, 1 + rows // PART
+        for part in range(parts):  # a share of the users at a time: what is counted in memory stays small
+            database.execute(
+                "create or replace temp table pairs as select user_id, item, min(reviews.rowid) as place from reviews join known "
+                f"on asin = item_id where {usable} and complete and hash(user_id) % {parts} = {part} group by all"
+            )
+            kept += database.execute("select count(*) from pairs").fetchall()[0][0]
+            database.execute(
+                "insert into firsts select * from pairs where user_id in "
+                f"(select user_id from pairs group by user_id having count(*) >= {least})"
+            )
+        chosen = f"select user_id from firsts group by user_id order by count(*) desc, min(place) limit {most}"
+        newest = "row_number() over (partition by firsts.user_id order by timestamp desc, place desc)"
         table = database.execute(
             "select firsts.user_id as user_id, item, rating, timestamp from firsts join reviews on reviews.rowid = place "
-            f"where firsts.user_id in (select user_id from firsts group by user_id {chosen}) {latest} order by place"
+            f"where firsts.user_id in ({chosen}) qualify {newest} <= {latest} order by place"
         ).df()
     dirt["reviews", "line without user, item, rating or time"] += bad
     dirt["reviews", "review without metadata"] += stray

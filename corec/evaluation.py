@@ -210,7 +210,7 @@ def tidy(
         columns=["n_tokens", "tau", "model", "metric", "k"],
     ).astype({"tau": "Int64", "k": "Int64"})
     table = table.assign(
-        dataset=params.data.source,
+        dataset=params.data.name,
         protocol=params.controls.protocol,
         K=params.controls.k,
         seed=params.seed,

@@ -138,7 +138,7 @@ def results_page(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> 
     lines = [
         f"# Results of run `{params.run}`",
         "",
-        f"Data set {params.data.source}, split `{params.data.protocol}`, control values `{params.controls.protocol}`, "
+        f"Data set {params.data.name}, split `{params.data.protocol}`, control values `{params.controls.protocol}`, "
         f"K = {params.controls.k} candidates of SASRec, {int(table['n_users'].max())} test users, seed {params.seed}. "
         f"Backbone {params.reranker.backbone}, read-out `{params.reranker.readout}` ({params.reranker.pooling}), request "
         f"{params.reranker.request_position} the candidates, values as {params.reranker.values}. "
@@ -183,7 +183,7 @@ def git_commit() -> str | None:
 def manifest(params: Params) -> dict[str, Any]:
     """What made a run: parameters, versions, commit, and each stage's time, peak memory and digests."""
     found = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
-    wanted = "accelerate datasets matplotlib numpy pandas papermill peft pyarrow pydantic safetensors seaborn".split()
+    wanted = "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors seaborn".split()
     wanted += ["tokenizers", "torch", "transformers"]
     stages = {}
     for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):

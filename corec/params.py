@@ -33,6 +33,12 @@ class DataParams(Model):
     brand: Literal["as_is", "normalised"] = "as_is"  # normalised: without case, `by` and names for `unknown`
     tagger: str | None = None  # a backbone that tags, zero-shot, the items that have no category
     tags: list[str] = []  # what it may say; when empty, the 20 most frequent categories of the others
+
+    @property
+    def name(self) -> str:
+        """What results call the data set."""
+        return f"{self.source}/{self.category}" if self.category else self.source
+
     protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
     window: int = Field(6, ge=2)  # history items shown to the re-ranker (training with `paper`: one fewer)
     core: int = Field(5, ge=1)  # leave-one-out: every user and item keeps at least so many interactions

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corec import CorecError, amazon, data, synthetic
+from corec import CorecError, amazon, data, evaluation, reproduce, synthetic
 from corec.params import DataParams
 
 GIFT_CARDS = Path(__file__).parents[2] / "shared" / "data" / "amazon2018-gift-cards"
@@ -202,7 +203,8 @@ def test_a_missing_file_and_an_unknown_category(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["paper", "leave-one-out"])
-def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str) -> None:
+def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amazon, "PART", 2000)  # users are counted in several parts
     reviews, metadata = synthetic.write(tmp_path / "raw", users=400, items=150, reviews=9000, seed=3)
     given = {"protocol": protocol, "min_interactions": 20, "max_users": 60, "latest": 25, "core": 4}
     params = DataParams(source="amazon-2018", category="Synthetic", path=str(tmp_path / "raw"), required=COMPLETE).model_copy(
@@ -214,6 +216,8 @@ def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str) -> None:
     table.columns = ["user_id", "item_id", "rating", "timestamp"]
     oracle = data.split_by_time(table[table["item_id"].isin(items["asin"])], params)
     mine = data.prepare(params)
+    again = int(table.duplicated(["user_id", "item_id"]).sum())
+    assert data.card(mine)["left out"] == {"reviews: item reviewed again by the same user": again}
     columns = ["user", "item", "rating", "timestamp", "position", "split"]
     pd.testing.assert_frame_equal(mine.interactions, oracle[columns], check_dtype=False)
     assert oracle["user"].nunique() == 60 if protocol == "paper" else len(oracle) > 1000
@@ -233,3 +237,19 @@ def test_real_gift_cards() -> None:
     )
     everything = read(params.model_copy(update={"required": []})).interactions
     assert (everything["user_id"].nunique(), everything["item_id"].nunique(), len(everything)) == (458, 148, 2965)
+
+
+@pytest.mark.skipif(not GIFT_CARDS.exists(), reason="the real Gift Cards files are not beside the project")
+def test_real_gift_cards_go_through_all_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    (tmp_path / "notebooks").symlink_to(root / "notebooks")
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    values = yaml.safe_load((root / "params" / "amazon-gift-cards.yaml").read_text())
+    values["data"]["path"] = str(GIFT_CARDS)
+    values["sasrec"]["epochs"] = 5
+    values["controls"]["max_windows"] = {"train": 300, "valid": 30, "test": 60}
+    values["reranker"] |= {"backbone": "tiny", "curriculum_steps": 10, "steps": 10}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    assert reproduce.main([str(tmp_path / "mine.yaml")]) == 0
+    table = evaluation.read(tmp_path / "figures" / "amazon-gift-cards" / "metrics.csv")
+    assert set(table["model"]) == set(evaluation.MODELS) and set(table["dataset"]) == {"amazon-2018/Gift_Cards"}
