@@ -1,8 +1,9 @@
 """Stage 03: attributes as control values, candidate pools, requests and control scores.
 
-Everything rests on one boolean table, ``membership`` [items + 1, values]: which item has which value of which
-attribute. A request is a row of value numbers, padded with -1; it matches item i in constraint c_j where
-``membership[i, c_j]`` (method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]).
+Everything rests on one table of numbers, ``values_of`` [items + 1, slots]: which values each item has, of any
+attribute, padded with -1. A request is a row of value numbers, padded likewise; it matches item i in constraint c_j
+where c_j is in ``values_of[i]`` (method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]). With a few slots
+an item, a catalogue with thousands of brands costs no more than one with ten.
 """
 
 import json
@@ -30,14 +31,14 @@ class Vocabulary:
         The text of each value [values]; values of one attribute lie together.
     attribute_of
         Number of each value's attribute [values].
-    membership
-        [items + 1, values], True where the item has the value; row 0 (padding) is empty.
+    values_of
+        [items + 1, slots], numbers of the item's values, rising, then -1; row 0 (padding) has none.
     """
 
     attributes: tuple[Attribute, ...]
     labels: tuple[str, ...]
     attribute_of: np.ndarray
-    membership: np.ndarray
+    values_of: np.ndarray
 
     def name(self, value: int) -> str:
         """A value as a reader sees it: ``genre: Comedy``; -1 is a constraint that could not be drawn."""
@@ -45,10 +46,18 @@ class Vocabulary:
             return "(nothing)"
         return f"{self.attributes[self.attribute_of[value]].name}: {self.labels[value]}"
 
+    def kind(self, values: np.ndarray) -> np.ndarray:
+        """Number of each value's attribute, -1 for -1 (any shape)."""
+        return np.where(values >= 0, self.attribute_of[values], -1)
+
     def known(self) -> np.ndarray:
         """Which item has any value of which attribute [items + 1, attributes]."""
-        blocks = [self.membership[:, self.attribute_of == number].any(axis=1) for number in range(len(self.attributes))]
-        return np.stack(blocks, axis=1)
+        kinds = self.kind(self.values_of)
+        return np.stack([(kinds == number).any(axis=1) for number in range(len(self.attributes))], axis=1)
+
+    def frequency(self) -> np.ndarray:
+        """How many items have each value [values]."""
+        return np.bincount(self.values_of[self.values_of >= 0], minlength=len(self.labels))
 
 
 def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
@@ -75,7 +84,8 @@ def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
     attributes = tuple(entry for entry in attributes if not params.attributes or entry.name in params.attributes)
     labels: list[str] = []
     attribute_of: list[int] = []
-    columns: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    values: list[np.ndarray] = []
     for number, attribute in enumerate(attributes):
         if attribute.column not in items:
             raise CorecError(
@@ -83,16 +93,17 @@ def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
                 "name a scheme that fits the data in controls.scheme."
             )
         lists = attribute.values(items[attribute.column])
-        found = {label for entry in lists for label in entry}
-        ordered = attribute.labels or sorted(found)
+        found = lists.set_axis(items["item"]).explode().dropna()
+        ordered = attribute.labels or sorted(found.unique())
+        rows.append(found.index.to_numpy())
+        values.append(len(labels) + pd.Index(ordered).get_indexer(pd.Index(found)))
         labels += ordered
         attribute_of += [number] * len(ordered)
-        place = {label: i for i, label in enumerate(ordered)}
-        block = np.zeros((len(items) + 1, len(ordered)), dtype=bool)
-        for item, entry in zip(items["item"], lists, strict=True):
-            block[item, [place[label] for label in entry]] = True
-        columns.append(block)
-    return Vocabulary(attributes, tuple(labels), np.array(attribute_of), np.concatenate(columns, axis=1))
+    pairs = np.unique(np.stack([np.concatenate(rows), np.concatenate(values)], axis=1), axis=0)  # item, value; sorted
+    slot = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])
+    values_of = np.full((len(items) + 1, slot.max(initial=0) + 1), -1)
+    values_of[pairs[:, 0], slot] = pairs[:, 1]
+    return Vocabulary(attributes, tuple(labels), np.array(attribute_of), values_of)
 
 
 class Pools(NamedTuple):
@@ -150,8 +161,9 @@ def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _value_of(items: np.ndarray, attributes: np.ndarray, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
     """For each item and attribute (same shape), one value that the item has; -1 where it has none."""
-    wanted = table.membership[items] & (table.attribute_of == attributes[..., None])
-    return _draw(wanted.astype(float), rng)
+    owned = table.values_of[items]
+    slot = _draw((table.kind(owned) == attributes[..., None]).astype(float), rng)
+    return np.where(slot >= 0, np.take_along_axis(owned, slot[..., None].clip(0), axis=-1)[..., 0], -1)
 
 
 def draw_requests(pools: Pools, n: int, protocol: str, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
@@ -181,8 +193,10 @@ def draw_requests(pools: Pools, n: int, protocol: str, table: Vocabulary, rng: n
     rows = np.arange(n_windows)
     if protocol == "catalogue":
         attributes = keys.argsort(axis=1)[:, :n]
-        frequency = table.membership.sum(axis=0).astype(float)
-        return _draw(frequency * (table.attribute_of == attributes[..., None]), rng)
+        total, chosen = table.frequency().cumsum(), rng.random(attributes.shape)
+        bounds = np.searchsorted(table.attribute_of, np.arange(len(table.attributes) + 1))  # values of one lie together
+        before, upto = (np.concatenate([[0], total])[bounds[attributes + end]] for end in (0, 1))
+        return np.where(upto > before, np.searchsorted(total, before + chosen * (upto - before), side="right"), -1)
     if protocol == "oracle":
         attributes = keys.argsort(axis=1)[:, :n]
         drawn = np.take_along_axis(pools.candidates, rng.integers(0, k, (n_windows, n)), axis=1)
@@ -196,7 +210,7 @@ def draw_requests(pools: Pools, n: int, protocol: str, table: Vocabulary, rng: n
     return _value_of(item[:, None], attributes, table, rng)
 
 
-def matches(candidates: np.ndarray, requests: np.ndarray, membership: np.ndarray) -> np.ndarray:
+def matches(candidates: np.ndarray, requests: np.ndarray, values_of: np.ndarray) -> np.ndarray:
     """Which candidate meets which constraint [..., K, n] (-1 in a request is met by none).
 
     Parameters
@@ -205,8 +219,11 @@ def matches(candidates: np.ndarray, requests: np.ndarray, membership: np.ndarray
         Items [..., K].
     requests
         Value numbers [..., n].
+    values_of
+        Of the vocabulary.
     """
-    met = membership[candidates[..., :, None], requests[..., None, :]]
+    owned = values_of[candidates]  # [..., K, slots]
+    met = (owned[..., None, :] == requests[..., None, :, None]).any(axis=-1)
     return met & (requests >= 0)[..., None, :]
 
 
@@ -270,7 +287,7 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
     pools, rows = prepared.pools[split], []
     for (part, n), request in prepared.requests.items():
         if part == split and n > 0:
-            all_met = np.all(matches(pools.candidates, request, prepared.table.membership), axis=2)
+            all_met = np.all(matches(pools.candidates, request, prepared.table.values_of), axis=2)
             hit = pools.truth >= 0
             violates = ~all_met[np.flatnonzero(hit), pools.truth[hit]]
             rows.append((n, all_met.sum(axis=1).mean(), 1 - all_met.any(axis=1).mean(), violates.mean()))
@@ -285,9 +302,9 @@ def save(prepared: Prepared, folder: Path) -> list[Path]:
         "labels": table.labels,
         "attribute_of": table.attribute_of.tolist(),
     }
-    files = [folder / "vocabulary.json", folder / "membership.npy"]
+    files = [folder / "vocabulary.json", folder / "values_of.npy"]
     paths.write_text(files[0], json.dumps(described))
-    np.save(files[1], table.membership)
+    np.save(files[1], table.values_of)
     for split, pools in prepared.pools.items():
         files.append(folder / f"pools_{split}.parquet")
         to_table(pools).to_parquet(files[-1], index=False)
@@ -308,7 +325,7 @@ def load(run: str) -> Prepared:
     described = json.loads((folder / "vocabulary.json").read_text())
     attributes = tuple(Attribute.model_validate(entry) for entry in described["attributes"])
     attribute_of = np.array(described["attribute_of"])
-    table = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "membership.npy"))
+    table = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "values_of.npy"))
     pools = {split: from_table(pd.read_parquet(folder / f"pools_{split}.parquet")) for split in ("train", "valid", "test")}
     requests = {
         (str(split), int(str(n))): np.stack(list(rows["request"])).astype(int)

@@ -42,9 +42,9 @@ class Judged(NamedTuple):
     met: np.ndarray  # [windows, K, n] meets the constraint
 
 
-def judge(pools: Pools, requests: np.ndarray, membership: np.ndarray) -> Judged:
+def judge(pools: Pools, requests: np.ndarray, values_of: np.ndarray) -> Judged:
     """Judge the candidates of `pools` under `requests` [windows, n]."""
-    return Judged(pools.is_truth(), controls.matches(pools.candidates, requests, membership))
+    return Judged(pools.is_truth(), controls.matches(pools.candidates, requests, values_of))
 
 
 def order_by(scores: np.ndarray) -> np.ndarray:

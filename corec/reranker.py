@@ -113,7 +113,7 @@ class Prompter:
         self.titles = [[], *(ids[: params.title_tokens] for ids in titles)]
         in_history = np.array([attribute.in_history for attribute in table.attributes])
         self.values = [self._value_ids(values) for values in range(len(table.labels))]
-        owned = [np.flatnonzero(row) for row in table.membership]
+        owned = [row[row >= 0] for row in table.values_of]
         self.described = [self._describe(values) for values in owned]
         self.described_short = [self._describe(values[in_history[table.attribute_of[values]]]) for values in owned]
         self.newline, self.between = self._encode("\n"), self._encode(" |||") if params.values == "words" else []
@@ -469,7 +469,7 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
     truth = pools.is_truth() if settings.truth_bonus and not plain else None
     control = [
-        controls.control_scores(controls.matches(pools.candidates, request, prepared.table.membership), truth)
+        controls.control_scores(controls.matches(pools.candidates, request, prepared.table.values_of), truth)
         for request in requests
     ]
     return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)
@@ -662,7 +662,7 @@ def standard(scores: np.ndarray) -> np.ndarray:
     return centred / np.maximum(scores.std(axis=-1, keepdims=True), 1e-9)
 
 
-def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], membership: np.ndarray) -> dict[int, float]:
+def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], values_of: np.ndarray) -> dict[int, float]:
     """Mean standardised score of candidates that meet a whole request less that of the others, by request.
 
     Parameters
@@ -673,7 +673,7 @@ def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], 
     gaps = {}
     for place, request in enumerate(requests):
         if request.shape[1]:
-            met = controls.matches(pools.candidates, request, membership).all(axis=2)
+            met = controls.matches(pools.candidates, request, values_of).all(axis=2)
             values = standard(scores[:, place])
             gaps[place] = float(values[met].mean() - values[~met].mean())
     return gaps

@@ -32,7 +32,7 @@ def pools(windows: int = 200, k: int = 4, seed: int = 0) -> controls.Pools:
 
 def owned(table: controls.Vocabulary, item: int, attribute: str) -> list[str]:
     number = [entry.name for entry in table.attributes].index(attribute)
-    return [table.labels[v] for v in np.flatnonzero(table.membership[item] & (table.attribute_of == number))]
+    return [table.labels[v] for v in table.values_of[item] if v >= 0 and table.attribute_of[v] == number]
 
 
 def test_buckets_of_the_scheme(table: controls.Vocabulary) -> None:
@@ -42,7 +42,7 @@ def test_buckets_of_the_scheme(table: controls.Vocabulary) -> None:
     ]  # fmt: skip
     ranks = [owned(table, item, "popularity") for item in range(1, 7)]
     assert ranks == [["top 50"], ["top 50"], ["top 200"], ["top 500"], ["beyond 500"], []]
-    assert not table.membership[0].any()
+    assert (table.values_of[0] == -1).all()
 
 
 def test_the_papers_amazon_buckets() -> None:
@@ -59,11 +59,11 @@ def test_matches_and_scores_against_loops(table: controls.Vocabulary) -> None:
     given = pools()
     requests = controls.draw_requests(given, 3, "catalogue", table, np.random.default_rng(0))
     requests[::7, 1] = -1
-    met = controls.matches(given.candidates, requests, table.membership)
+    met = controls.matches(given.candidates, requests, table.values_of)
     scores = controls.control_scores(met, given.is_truth())
     for window in range(0, 200, 11):
         for place, item in enumerate(given.candidates[window]):
-            wishes = [value >= 0 and bool(table.membership[item, value]) for value in requests[window]]
+            wishes = [value >= 0 and value in table.values_of[item] for value in requests[window]]
             assert met[window, place].tolist() == wishes
             assert scores[window, place] == sum(wishes) + (place == given.truth[window])
 
@@ -83,11 +83,11 @@ def test_oracle_copies_the_answer_and_random_candidate_does_not(table: controls.
     hit = given.truth >= 0
     assert 0.3 < hit.mean() < 1
     oracle = controls.draw_requests(given, 2, "oracle", table, np.random.default_rng(0))
-    met = controls.matches(given.candidates, oracle, table.membership)
+    met = controls.matches(given.candidates, oracle, table.values_of)
     known = oracle >= 0
     assert (met[np.flatnonzero(hit), given.truth[hit]] == known[hit]).all(), "all that is known of the truth is asked for"
     other = controls.draw_requests(given, 2, "random-candidate", table, np.random.default_rng(0))
-    met = controls.matches(given.candidates, other, table.membership)
+    met = controls.matches(given.candidates, other, table.values_of)
     assert (met.all(axis=2) & ~given.is_truth()).any(axis=1).all(), "some other candidate meets the whole request"
 
 
@@ -95,7 +95,7 @@ def test_catalogue_draws_by_frequency(table: controls.Vocabulary) -> None:
     requests = controls.draw_requests(pools(6000), 1, "catalogue", table, np.random.default_rng(0))[:, 0]
     genre = table.attribute_of == 0
     counts = np.bincount(requests, minlength=len(table.labels))[genre]
-    wanted = table.membership.sum(axis=0)[genre]
+    wanted = table.frequency()[genre]
     np.testing.assert_allclose(counts / counts.sum(), wanted / wanted.sum(), atol=0.05)
 
 
@@ -132,7 +132,7 @@ def test_saved_and_loaded_alike(own_folder: Path) -> None:
     stage.finish(controls.save(prepared, stage.folder))
     again = controls.load("r")
     assert again.table.labels == prepared.table.labels and again.table.attributes == prepared.table.attributes
-    np.testing.assert_array_equal(again.table.membership, prepared.table.membership)
+    np.testing.assert_array_equal(again.table.values_of, prepared.table.values_of)
     for key, requests in prepared.requests.items():
         np.testing.assert_array_equal(again.requests[key], requests)
     for split, kept in prepared.pools.items():
@@ -187,3 +187,13 @@ def test_edges_on_a_column_of_text() -> None:
 def test_more_constraints_than_attributes(table: controls.Vocabulary) -> None:
     with pytest.raises(CorecError, match="asks for 6 constraints, but only 5 attributes"):
         controls.draw_requests(pools(), 6, "catalogue", table, np.random.default_rng(0))
+
+
+def test_thousands_of_values_cost_little() -> None:
+    n = 30_000
+    items = pd.DataFrame(
+        {"item": np.arange(1, n + 1), "brand": [f"brand {i % 9000}" for i in range(n)], "price": 5.0, "rank": 7.0}
+    )
+    table = controls.vocabulary(items, ControlsParams(scheme="amazon", attributes=["price", "brand", "rank"]))
+    assert table.values_of.shape == (n + 1, 3) and len(table.labels) == 9000 + 6 + 8
+    assert owned(table, 9001, "brand") == ["brand 0"] and table.frequency().sum() == 3 * n

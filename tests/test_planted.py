@@ -61,7 +61,7 @@ def test_planted_tastes_are_found_again(cache: Path) -> None:
         requests = [shop.prepared.requests["test", n] for n in (1, 2)]
         scores = reranker.score(model, examples, pools, requests)
         for place, request in enumerate(requests):
-            judged = evaluation.judge(pools, request, shop.prepared.table.membership)
+            judged = evaluation.judge(pools, request, shop.prepared.table.values_of)
             n = request.shape[1]
             precision += [evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [3])["cp", 3, n].mean()]
         reranker.train(model, examples, shop.params, None)

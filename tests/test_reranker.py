@@ -179,7 +179,7 @@ def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
         if name in frozen:
             assert torch.equal(value, frozen[name]), name
     scores = reranker.score(model, world.examples, world.pools, world.requests)
-    gaps = reranker.score_gap(scores, world.pools, world.requests, world.prepared.table.membership)
+    gaps = reranker.score_gap(scores, world.pools, world.requests, world.prepared.table.values_of)
     assert gaps[1] > 0.3
 
 
@@ -318,7 +318,7 @@ def test_llama_3_in_small_goes_all_the_way(world: World, tmp_path: Path) -> None
     merged = reranker.Reranker(again.model.merge_and_unload(), again.tokenizer, again.head, again.prompter, again.params)
     assert not isinstance(merged.model, PeftModel)
     np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
-    assert reranker.score_gap(wanted, world.pools, world.requests, world.prepared.table.membership).keys() == {1, 2}
+    assert reranker.score_gap(wanted, world.pools, world.requests, world.prepared.table.values_of).keys() == {1, 2}
 
 
 def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.CaptureFixture[str]) -> None:
