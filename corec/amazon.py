@@ -8,9 +8,9 @@ with the number of reviews. Rows that cannot be used are counted by reason and l
 import html
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,15 +19,17 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
 
 from corec import CorecError
 from corec.params import DataParams
 
-BLOCK = 1 << 20  # bytes read from a file at a time
+BLOCK = 1 << 16  # bytes read from a file at a time
 GZIP = b"\x1f\x8b\x08"  # how every gzip member begins
 # What DuckDB may use; beyond it, it works on disk. Two threads: gzip comes as one stream, and each has its own buffers.
 MEMORY, THREADS = "300MB", 2
-PART = 500_000  # reviews whose users are counted at a time
+PART = 1_500_000  # reviews whose users are counted at a time
 
 
 CATEGORIES = (
@@ -63,7 +65,7 @@ def parse_price(text: str | None) -> Parsed:
     text = (text or "").strip()
     if not text or text == "[]":
         return Parsed(None, "missing")
-    if found := re.fullmatch(r"\$?\s*(\d[\d,]{0,14}(?:\.\d{1,4})?)", text, re.ASCII):
+    if found := re.fullmatch(r"\$?\s*(\d[\d,]{0,14}(?:\.\d{1,4})?|\.\d{1,4})", text, re.ASCII):
         return Parsed(float(found[1].replace(",", "")))
     return Parsed(None, "range" if re.match(r"\$[\d,.]+\s*-\s*\$[\d,.]+", text) else "not a price")
 
@@ -85,7 +87,7 @@ def parse_rank(text: str | None) -> Parsed:
     entries = strings(text)
     if not entries:
         return Parsed(None, "missing")
-    found = [match[1] for entry in entries if (match := re.match(r"\W*(\d[\d,]{0,14}) in\b", entry, re.ASCII))]
+    found = [match[1] for entry in entries if (match := re.match(r"\W*(\d[\d,]{0,14})(?: Paid| Free)? in\b", entry, re.ASCII))]
     ranks = [number for digits in found if (number := int(digits.replace(",", ""))) > 0]
     return Parsed(float(min(ranks))) if ranks else Parsed(None, "not a rank")
 
@@ -97,61 +99,95 @@ def parse_title(text: str | None) -> Parsed:
         return Parsed(None, "missing")
     if re.search(r"<script|function\s*\(|\{[^}]*:[^}]*;", text, re.IGNORECASE):
         return Parsed(None, "script or style")
-    if "<" in text or "&" in text:
-        text = html.unescape(re.sub(r"<[^<>]{0,2000}>", " ", text))
-    text = " ".join(text.split())
+    text = plain(text)
     return Parsed(text) if text else Parsed(None, "only markup")
+
+
+def plain(text: str) -> str:
+    """Text without entities, tags (also one that was cut off) and double spaces."""
+    if "<" in text or "&" in text:
+        text = re.sub(r"<[a-zA-Z/!][^<>]{0,2000}(?:>|$)", " ", html.unescape(text))
+    return " ".join(text.split())
 
 
 def parse_brand(text: str | None, normalise: bool = False) -> Parsed:
     """The brand; `normalise` drops ``by``, case and double spaces, and takes ``Unknown`` for none."""
-    text = " ".join(html.unescape(text or "").split())
+    text = plain(text or "")
     if normalise:
-        text = re.sub(r"^(?:visit the|by)\s+", "", text.casefold()).strip(" .,;:-")
+        text = re.sub(r"^(?:visit the|by)(?:\s+|$)", "", text.casefold()).strip(" .,;:-")
     if not text or (normalise and text in ("unknown", "n/a", "na", "none", "generic", "no brand", "unbranded")):
         return Parsed(None, "missing")
-    return Parsed(text) if len(text) <= 100 else Parsed(None, "too long for a name")
+    return Parsed(text) if len(text) <= 100 and "{" not in text else Parsed(None, "not a brand")
 
 
 def parse_category(text: str | None) -> Parsed:
-    """The leaf of the category list, without entities; entries that are sentences (a known fault) do not count."""
-    names = [" ".join(html.unescape(entry).split()) for entry in strings(text)]
-    names = [name for name in names if name and len(name) <= 60 and "<" not in name]
-    return Parsed(names[-1]) if names else Parsed(None, "missing")
+    """The leaf of the category list, without entities.
+
+    In many lists lines of the description follow the categories; the first entry that reads like one (a sentence,
+    more than six words, a percentage) ends the list.
+    """
+    leaf = None
+    for entry in strings(text):
+        name = plain(entry)
+        if re.search(r"[.!?]$|[.!?] |[%<{]", name) or len(name) > 60 or len(name.split()) > 6:
+            break
+        leaf = name or leaf
+    return Parsed(leaf) if leaf else Parsed(None, "missing")
 
 
 def plain_blocks(file: BinaryIO, faults: Counter[str]) -> Iterator[bytes]:
-    """The file's bytes, decompressed where it is gzip; what follows a fault is skipped up to the next member."""
+    """The file's bytes, decompressed where it is gzip; after a fault, from the next member on.
+
+    What a block of `BLOCK` packed bytes held is lost with a fault in it; a fault counts once, however many bytes
+    after it look like the beginning of a member.
+    """
     rest = file.read(BLOCK)
     if not rest.startswith(GZIP):
         while rest:
             yield rest
             rest = file.read(BLOCK)
+    whole = True  # since the last fault, something could be read
     while rest:  # one member a turn
-        engine = zlib.decompressobj(wbits=31)
+        engine = isal_zlib.decompressobj(wbits=31)
         try:
-            yield engine.decompress(rest)
-            while not engine.eof:
+            while True:
+                text = engine.decompress(rest)
+                whole = whole or bool(text)
+                yield text
+                if engine.eof:
+                    break
                 rest = file.read(BLOCK)
                 if not rest:
                     faults["gzip file cut short"] += 1
                     return
-                yield engine.decompress(rest)
-            rest = (engine.unused_data or file.read(BLOCK)).lstrip(b"\0")  # a member may be followed by padding
-        except zlib.error:
-            faults["gzip member broken"] += 1
+            rest = engine.unused_data.lstrip(b"\0")
+            while not rest and (more := file.read(BLOCK)):  # a member may be followed by padding
+                rest = more.lstrip(b"\0")
+        except IsalError:
+            faults["gzip member broken"] += whole
+            whole = False
             yield b"\n"  # ends the line that was cut
             rest = next_member(rest[1:], file)
 
 
 def next_member(block: bytes, file: BinaryIO) -> bytes:
-    """Bytes from the next gzip member on; empty at the end of the file."""
-    while (place := block.find(GZIP)) < 0:
+    """Bytes from what looks like the next gzip member on; empty at the end of the file."""
+    while not (found := re.search(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", block, re.DOTALL)):
         more = file.read(BLOCK)
         if not more:
             return b""
-        block = block[-2:] + more
-    return block[place:]
+        block = block[-9:] + more
+    return block[found.start() :]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a gzip file decompresses to its end and its checksums are right (DuckDB does not look at them)."""
+    faults = Counter[str]()
+    with path.open("rb") as file:
+        for _ in plain_blocks(file, faults):
+            if faults:
+                return False
+    return not faults
 
 
 def salvage(source: Path, scratch: Path, faults: Counter[str]) -> Path:
@@ -193,23 +229,45 @@ def load_lines(
     """Run `query`, in which ``{lines}`` stands for the JSON lines of a file.
 
     DuckDB decompresses and parses as a stream, in the file's order. It takes the wanted columns only, values of
-    another type as text, and makes a row of NULLs of a line that is no JSON. A file whose compression is broken is
-    salvaged first.
+    another type as text, and makes a row of NULLs of a line that is no JSON. A thread checks the compression
+    meanwhile; a file in which it is broken is salvaged and loaded again.
+
+    Raises
+    ------
+    CorecError
+        When the file cannot be read, is no text of lines, or the disk is full.
     """
     wanted = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
-    with path.open("rb") as file:
-        packed = file.read(3).startswith(GZIP)
     form = f"format='newline_delimited', columns={{{wanted}}}, ignore_errors=true"
+
+    def load(source: Path, compression: str) -> None:
+        table = f"read_json({quoted(source)}, {form}, compression='{compression}')"
+        database.execute(query.format(lines=table))
+
     try:
-        compression = "gzip" if packed else "none"
-        database.execute(query.format(lines=f"read_json({quoted(path)}, {form}, compression='{compression}')"))
-    except duckdb.IOException:
+        with path.open("rb") as file:
+            packed = file.read(3).startswith(GZIP)
         if not packed:
-            raise
-        print(f"{path} is broken: what is whole in it will be used", flush=True)
-        whole = salvage(path, scratch, faults)
-        database.execute(query.format(lines=f"read_json({quoted(whole)}, {form}, compression='none')"))
-        whole.unlink()
+            load(path, "none")
+            return
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(is_whole, path)
+            try:
+                load(path, "gzip")
+            except duckdb.IOException:
+                if whole.result():
+                    raise
+        if not whole.result():
+            print(f"{path} is broken: what is whole in it will be used", flush=True)
+            rescued = salvage(path, scratch, faults)
+            load(rescued, "none")
+            rescued.unlink()
+    except (duckdb.Error, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CorecError(
+            f"{path} could not be read ({reason}): check that it is a file of JSON lines that you may read, and that the "
+            f"disk of {scratch.parent} has room."
+        ) from error
 
 
 def quoted(path: Path) -> str:
@@ -225,19 +283,30 @@ def open_database(scratch: Path, name: str) -> duckdb.DuckDBPyConnection:
 
 
 def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[tuple[str, str]]) -> pd.DataFrame:
-    """Items of a metadata file, in its order.
+    """Items of a metadata file, in its order; of one that is listed again, the first.
 
     Returns
     -------
-    Columns ``item_id title brand brand_raw rank price category description``; the last is whether there is one.
+    Columns ``item_id title brand brand_raw rank price category description``: prices in dollars, the rank the best of
+    any list, the description only whether there is one.
+
+    Raises
+    ------
+    CorecError
+        When the file cannot be read (see :func:`load_lines`), or no line of it names an item.
     """
     fields = dict.fromkeys((*FIELDS, "description"), "VARCHAR")
     parts, faults = [], Counter[str]()
-    described = "coalesce(length(description) > 4, false) as description"  # [] and [""] are none
+    described = "coalesce(regexp_matches(description, '[[:alnum:]]'), false) as description"  # [] and [""] are none
     with open_database(scratch, "metadata.duckdb") as database:
-        query = f"create table items as select {', '.join(FIELDS)}, {described} from {{lines}}"
+        query = f"create or replace table items as select {', '.join(FIELDS)}, {described} from {{lines}}"
         load_lines(database, query, fields, path, scratch, faults)
-        for batch in database.table("items").to_arrow_reader(100_000):
+        rows, named, distinct = database.execute("select count(*), count(asin), count(distinct asin) from items").fetchall()[0]
+        if not named:
+            raise not_of_the_format(path, "asin")
+        first = "select min(rowid) from items where asin is not null group by asin"
+        listed = database.sql(f"select * from items where rowid in ({first}) order by rowid")
+        for batch in listed.to_arrow_reader(100_000):
             parsed = {name: parse_column(batch.column(name), parse) for name, parse in PARSERS.items()}
             parsed["brand_raw"] = parse_column(batch.column("brand"), parse_brand)
             if params.brand == "normalised":
@@ -250,16 +319,10 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
             ids, described = batch.column("asin").to_pandas(), batch.column("description").to_pandas()
             parts.append(pd.DataFrame({"item_id": ids, **values, "description": described}))
     columns = ["item_id", "title", "brand", "brand_raw", "rank", "price", "category", "description"]
-    items = pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame()
-    if items.empty or items["item_id"].isna().all():
-        raise not_of_the_format(path, "asin")
+    dirt["metadata", "line without an item"] += rows - named
+    dirt["metadata", "item listed again"] += named - distinct
     dirt.update({("metadata", fault): count for fault, count in faults.items()})
-    for reason, bad in (
-        ("line without an item", items["item_id"].isna()),
-        ("item listed again", items["item_id"].notna() & items["item_id"].duplicated()),
-    ):
-        dirt["metadata", reason] += int(bad.sum())
-    return items[items["item_id"].notna() & ~items["item_id"].duplicated()].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True)[columns]
 
 
 def load_reviews(path: Path, scratch: Path) -> Counter[str]:
@@ -269,7 +332,8 @@ def load_reviews(path: Path, scratch: Path) -> Counter[str]:
     """
     columns = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "overall": "FLOAT", "unixReviewTime": "BIGINT"}
     query = (
-        "create table reviews as select reviewerID as user_id, asin, overall as rating, unixReviewTime as timestamp from {lines}"
+        "create or replace table reviews as "
+        "select reviewerID as user_id, asin, overall as rating, unixReviewTime as timestamp from {lines}"
     )
     faults = Counter[str]()
     with open_database(scratch, "reviews.duckdb") as database:
@@ -295,7 +359,7 @@ def choose_reviews(
 
     Returns
     -------
-    Columns ``user_id item_id rating timestamp``.
+    Columns ``user_id rating timestamp item_id``: stars from 1 to 5, seconds since 1970.
 
     Raises
     ------
@@ -305,7 +369,9 @@ def choose_reviews(
     known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
     usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
     least = params.min_interactions if params.protocol == "paper" else params.core
-    most, latest = (params.max_users, params.latest) if params.protocol == "paper" else (2**60, 2**60)
+    most, latest = 2**60, 2**60
+    if params.protocol == "paper":
+        most, latest = params.max_users, max(params.latest, least)
     with open_database(scratch, "reviews.duckdb") as database:
         database.register("known", known)
         rows, bad, stray, incomplete = database.execute(
@@ -343,5 +409,5 @@ def not_of_the_format(path: Path, fields: str) -> CorecError:
     """What to say of a file without a single usable line."""
     return CorecError(
         f"{path} is not of the format of Amazon Review Data 2018: no line of it is a JSON object with {fields}; "
-        "download the file again, or name another folder in data.path."
+        "delete it (it is then downloaded again), or name another folder in data.path."
     )

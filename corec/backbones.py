@@ -140,7 +140,7 @@ def resolve_dtype(name: str) -> torch.dtype:
     return min(seconds, key=seconds.__getitem__)
 
 
-def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reranker.backbone") -> tuple[Any, Any]:
     """Model and tokenizer of a backbone.
 
     Parameters
@@ -150,6 +150,8 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
         name of any Hugging Face causal LM, e.g. ``meta-llama/Meta-Llama-3-8B``.
     dtype
         Of the weights.
+    parameter
+        That names it, for the message when it cannot be loaded.
 
     Raises
     ------
@@ -166,8 +168,9 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CorecError(
-            f"Parameter reranker.backbone: no causal language model {name!r} could be loaded: give a folder that holds "
-            "one, log in to the hub if the model is gated (`hf auth login`), or name the open one, smollm2-135m."
+            f"Parameter {parameter}: no causal language model {name!r} could be loaded: give a folder that holds "
+            "one; if the model is gated, ask for access on its page and log in (`hf auth login`); or name the open one, "
+            "smollm2-135m."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

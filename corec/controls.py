@@ -282,16 +282,22 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
     """How well the pools can serve the requests, a row for each number of constraints.
 
     ``matching``: mean number of candidates that meet all constraints; ``empty``: share of windows where none
-    does; ``truth_violates``: share of windows whose true next item, when retrieved, misses a constraint.
+    does; ``truth_violates``: share of windows whose true next item, when retrieved, misses a constraint; ``meet_t``: mean
+    number of candidates that meet at least t of the constraints.
     """
     pools, rows = prepared.pools[split], []
+    longest = max(n for _, n in prepared.requests)
     for (part, n), request in prepared.requests.items():
         if part == split and n > 0:
-            all_met = np.all(matches(pools.candidates, request, prepared.table.values_of), axis=2)
+            met = matches(pools.candidates, request, prepared.table.values_of)
+            count, all_met = met.sum(axis=2), np.all(met, axis=2)
             hit = pools.truth >= 0
             violates = ~all_met[np.flatnonzero(hit), pools.truth[hit]]
-            rows.append((n, all_met.sum(axis=1).mean(), 1 - all_met.any(axis=1).mean(), violates.mean()))
-    return pd.DataFrame(rows, columns=["n_tokens", "matching", "empty", "truth_violates"])
+            meet = [(count >= least).sum(axis=1).mean() if least <= n else np.nan for least in range(1, longest + 1)]
+            rows.append((n, all_met.sum(axis=1).mean(), 1 - all_met.any(axis=1).mean(), violates.mean(), *meet))
+    return pd.DataFrame(
+        rows, columns=["n_tokens", "matching", "empty", "truth_violates", *(f"meet_{least}" for least in range(1, longest + 1))]
+    )
 
 
 def save(prepared: Prepared, folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ All sources end in the same tables, so nothing after this module knows where the
 - windows: ``window user split position target history``, the re-ranker's examples.
 - catalogue: every item of the source as it was read, before any is left out, with ``complete`` (has all that
   ``data.required`` names).
-- dirt: ``file reason rows``, what could not be used.
+- dirt: ``file reason rows``, the rows of a file that were left out, and the fields of items that hold no value.
 """
 
 import csv
@@ -29,6 +29,8 @@ import pandas as pd
 from corec import CorecError, amazon, archives, downloads, paths, schemes
 from corec.archives import Archive
 from corec.params import DataParams
+
+FILES = ("interactions", "reviews", "metadata")  # of the table of dirt; other names there are fields
 
 
 class Tables(NamedTuple):
@@ -323,17 +325,19 @@ def category_tags(items: pd.DataFrame, params: DataParams) -> list[str]:
 def fill_categories(items: pd.DataFrame, params: DataParams) -> pd.DataFrame:
     """Let the tagger name the categories that the metadata lacks, where one is configured.
 
-    Adds ``category_from``: ``metadata``, ``tagger``, or empty.
+    Adds ``category_from``: ``metadata`` or ``tagger``.
 
     Raises
     ------
     CorecError
-        When no item has a category and `data.tags` is empty: nothing to choose from.
+        When there is nothing to choose from, or only items that have a category were kept.
     """
     if params.tagger is None:
         return items
     if "category" not in items:
         raise CorecError("Parameter data.tagger: the items of this source have no category: leave it empty.")
+    if "category" in params.required:
+        raise CorecError("Parameter data.required names category, which drops all that data.tagger would tag: take it out.")
     missing = items["category"].isna()
     items = items.assign(category_from=pd.Series("metadata", items.index, dtype=object).mask(missing))
     tags = category_tags(items, params)
@@ -393,8 +397,15 @@ def card(tables: Tables) -> dict[str, Any]:
         "split": interactions["split"].value_counts().to_dict(),
         "windows": windows["split"].value_counts().to_dict(),
         "coverage": coverage(tables)["used"].dropna().to_dict(),
-        "left out": {f"{row.file}: {row.reason}": row.rows for row in tables.dirt.itertuples() if row.rows},
+        "left out": faults(tables, fields=False),
+        "fields without a value": faults(tables, fields=True),
     }
+
+
+def faults(tables: Tables, fields: bool) -> dict[str, int]:
+    """Rows that could not be used, by file and reason; or, with `fields`, values that could not, of rows that were read."""
+    rows = tables.dirt[(tables.dirt["rows"] > 0) & (tables.dirt["file"].isin(FILES) != fields)]
+    return dict(zip(rows["file"] + ": " + rows["reason"], rows["rows"].astype(int).tolist(), strict=True))
 
 
 def stages(tables: Tables) -> dict[str, pd.DataFrame]:

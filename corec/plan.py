@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from corec import CorecError, backbones, params, reranker
+from corec import CorecError, backbones, params, reranker, schemes
 from corec.params import RerankerParams
 
 # Shapes of models whose configuration may not be at hand (they are gated): from their public model cards.
@@ -65,7 +65,15 @@ def meta_model(settings: RerankerParams, new_tokens: int) -> Any:
         return reranker.adapt(model, rows, settings)
 
 
-def plan(settings: RerankerParams, tokens: int, new_tokens: int = 60, devices: int = 1) -> Plan:
+def known_tokens(settings: params.Params) -> int:
+    """Tokens that a run adds as far as its parameters tell: with values as tokens, those found in the data come on top."""
+    attributes = [entry for entry in schemes.load_scheme(settings.controls.scheme)
+                  if entry.name in (settings.controls.attributes or [entry.name])]  # fmt: skip
+    values = sum(len(entry.labels) for entry in attributes) if settings.reranker.values == "token" else 0
+    return len(attributes) + values + (reranker.MAX_K if settings.reranker.readout == "index" else 0)
+
+
+def plan(settings: RerankerParams, tokens: int, new_tokens: int, devices: int = 1) -> Plan:
     """Count, and derive memory and cost of one training step.
 
     Per device: weights in bfloat16; the trainable parameters with gradient (2 bytes), float32 copy and Adam's two moments
@@ -114,7 +122,7 @@ def report(settings: params.Params, tokens: int, tflops: float) -> str:
     steps = given.curriculum_steps + given.steps
     lines = [f"{given.backbone}, LoRA r = {given.lora_r}, rows of {tokens} tokens, {given.batch_size} windows a step"]
     for devices in (1, 4):
-        made = plan(given, tokens, devices=devices)
+        made = plan(given, tokens, known_tokens(settings), devices)
         if devices == 1:
             share = made.trainable / made.parameters
             lines += [f"parameters  {made.parameters:,}", f"trainable   {made.trainable:,} ({share:.3%})", "memory of a device"]

@@ -1,7 +1,7 @@
 """Synthetic files in the official format of Amazon Review Data 2018, with tastes planted in them.
 
 For tests and timings only: nobody bought anything. Because the tastes are known, one can check that the pipeline
-finds them again. Attributes without a planted taste are the same for every item.
+finds them again. Attributes without a planted taste are in the same bucket for every item.
 """
 
 import json

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corec import backbones, paths
 
-PROMPT = "Product: {title}\nProduct category:"
+PROMPT = ("Product:", "\nProduct category:")  # the title comes between
 TITLE_TOKENS = 40
 
 
@@ -60,20 +60,26 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
     tags
         The closed list.
     backbone
-        As in :func:`corec.backbones.load`.
+        As in :func:`corec.backbones.load`; answers are kept under its name.
     batch
         Titles computed at once; those of equal length go together, so nothing is padded.
+
+    Raises
+    ------
+    CorecError
+        When the backbone cannot be loaded.
     """
     store = paths.cache_dir() / "tags" / f"{paths.digest([backbone, PROMPT, TITLE_TOKENS, list(tags)])}.json"
     known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
     new = sorted({title for title in titles if title not in known})
     if new:
-        model, tokenizer = backbones.load(backbone, backbones.resolve_dtype("auto"))
+        model, tokenizer = backbones.load(backbone, backbones.resolve_dtype("auto"), "data.tagger")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.eval().to(device)
-        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in PROMPT.split("{title}"))
+        before = tokenizer(PROMPT[0])["input_ids"]  # with the token that begins a text, where the model has one
+        after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]
         pieces = tokenizer([f" {name}" for name in tags], add_special_tokens=False)["input_ids"]
-        encoded = [ids[:TITLE_TOKENS] for ids in tokenizer(new, add_special_tokens=False)["input_ids"]]
+        encoded = [ids[:TITLE_TOKENS] for ids in tokenizer([f" {title}" for title in new], add_special_tokens=False)["input_ids"]]
         prior = log_likelihoods(model, torch.tensor([before + after], device=device), pieces)
         order, shown = sorted(range(len(new)), key=lambda i: len(encoded[i])), time.monotonic()
         lengths = np.array([len(encoded[i]) for i in order])

@@ -74,7 +74,15 @@ def test_the_best_rank_of_a_list_counts(ranks: list[int], where: str) -> None:
         (amazon.parse_title, "<br>", (None, "only markup")),
         (amazon.parse_category, '["Electronics", "Camera &amp; Photo", "Lenses"]', ("Lenses", "")),
         (amazon.parse_category, '["Beauty", "' + "This sentence is no category but a description. " * 3 + '"]', ("Beauty", "")),
+        (amazon.parse_category, '["Gift Cards", "Gift Cards", "Variety of designs for any occasion.", "x"]', ("Gift Cards", "")),
+        (amazon.parse_category, '["Clothing", "Women", "95% Cotton"]', ("Women", "")),
         (amazon.parse_category, "[]", (None, "missing")),
+        (amazon.parse_price, "$.99", (0.99, "")),
+        (amazon.parse_rank, "1,857,911 Paid in Kindle Store (", (1857911, "")),
+        (amazon.parse_title, "&lt;b&gt;Tea&lt;/b&gt; Kettle <span class=", ("Tea Kettle", "")),
+        (amazon.parse_title, "Cable < 3 m", ("Cable < 3 m", "")),
+        (amazon.parse_brand, '<a href="x">Sony</a>', ("Sony", "")),
+        (amazon.parse_brand, ".a-box{color:red}", (None, "not a brand")),
     ],
 )
 def test_fields_as_they_occur(parse: Callable[[str | None], amazon.Parsed], text: str | None, wanted: tuple[object, str]) -> None:
@@ -86,6 +94,7 @@ def test_brands_may_be_normalised() -> None:
         assert amazon.parse_brand(text, normalise=True).value == "sony"
     assert amazon.parse_brand("Unknown", normalise=True).value is None
     assert amazon.parse_brand("Byredo", normalise=True).value == "byredo"
+    assert amazon.parse_brand("by", normalise=True).value is None
     assert amazon.parse_brand("by Sony").value == "by Sony"
 
 
@@ -137,7 +146,7 @@ def test_dirty_rows_are_counted_and_left_out(tmp_path: Path) -> None:
     assert catalogue["brand"]["B3"] == "7"
 
 
-@pytest.mark.parametrize("spoil", ["cut", "flip", "garbage between", "padding"])
+@pytest.mark.parametrize("spoil", ["cut", "flip", "garbage between", "padding", "long padding"])
 def test_a_broken_gzip_member_loses_only_itself(spoil: str) -> None:
     rng = np.random.default_rng(0)
     texts = [(f"member {number} " + rng.bytes(3000).hex() + "\n").encode() for number in range(3)]
@@ -147,13 +156,47 @@ def test_a_broken_gzip_member_loses_only_itself(spoil: str) -> None:
     elif spoil == "cut":
         members[2] = members[2][:2000]
     else:
-        members.insert(1, b"\0" * 100 if spoil == "padding" else b"what is this?")
+        members.insert(1, {"padding": bytes(100), "long padding": bytes(3 * amazon.BLOCK)}.get(spoil, b"what is this?"))
     faults = Counter[str]()
     found = b"".join(amazon.plain_blocks(BytesIO(b"".join(members)), faults))
     assert found.startswith(texts[0]) and (spoil == "cut" or found.endswith(texts[2]))
-    wanted = {"cut": {"gzip file cut short": 1}, "padding": {}}.get(spoil, {"gzip member broken": 1})
+    wanted = {"cut": {"gzip file cut short": 1}, "padding": {}, "long padding": {}}.get(spoil, {"gzip member broken": 1})
     assert dict(faults) == wanted
-    assert spoil not in ("padding", "garbage between") or found.replace(b"\n", b"") == b"".join(texts).replace(b"\n", b"")
+    assert spoil in ("cut", "flip") or found.replace(b"\n", b"") == b"".join(texts).replace(b"\n", b"")
+
+
+def test_one_broken_member_counts_once_whatever_its_bytes_look_like() -> None:
+    chance = amazon.GZIP + bytes([0, 1, 2, 3, 4, 0, 3])  # looks like the beginning of a member
+    broken = gzip.compress(b"the start") + b"".join(chance + b"\xff" * 50 for _ in range(5))
+    faults = Counter[str]()
+    found = b"".join(amazon.plain_blocks(BytesIO(broken + gzip.compress(b"the end")), faults))
+    assert found.startswith(b"the start") and found.endswith(b"the end") and dict(faults) == {"gzip member broken": 1}
+
+
+@pytest.mark.parametrize("spoil", ["wrong checksum", "one byte"])
+def test_damage_that_still_decompresses_is_noticed(tmp_path: Path, spoil: str) -> None:
+    members = [gzip.compress((review(f"A{user}") + "\n").encode(), 0) for user in range(3)]
+    place = -8 if spoil == "wrong checksum" else members[1].index(b'"A1"') + 2
+    damaged = bytearray(members[1])
+    damaged[place] ^= 1
+    params = write(tmp_path / "raw", [review()], [item()])
+    (tmp_path / "raw" / "Kettles.json.gz").write_bytes(members[0] + bytes(damaged) + members[2])
+    raw = read(params)
+    assert raw.dirt["reviews", "gzip member broken"] == 1
+    assert list(raw.interactions["user_id"]) == ["A0", "A2"]
+
+
+def test_lines_without_end_and_files_that_may_not_be_read(tmp_path: Path) -> None:
+    params = write(tmp_path / "raw", ["x" * 40_000_000], [item()])
+    with pytest.raises(CorecError, match=r"Kettles.json.gz could not be read .*check that it is a file of JSON lines"):
+        read(params)
+
+
+def test_fewer_latest_than_needed_reviews(tmp_path: Path) -> None:
+    reviews = [review("A1", f"B{n}", unixReviewTime=n) for n in range(12)]
+    params = write(tmp_path / "raw", reviews, [item(f"B{n}") for n in range(12)])
+    changes = {"protocol": "paper", "min_interactions": 10, "latest": 5, "window": 2}
+    assert list(data.prepare(params.model_copy(update=changes)).interactions["timestamp"]) == [7, 8, 9, 10, 11]
 
 
 def test_a_file_cut_short_is_used_and_counted(tmp_path: Path) -> None:
@@ -236,6 +279,8 @@ def test_real_gift_cards() -> None:
         2472,
     )
     everything = read(params.model_copy(update={"required": []})).interactions
+    assert raw.catalogue["category"].value_counts().index[0] == "Gift Cards"
+    assert not raw.catalogue["category"].str.contains("occasion|Handmade", na=False).any()
     assert (everything["user_id"].nunique(), everything["item_id"].nunique(), len(everything)) == (458, 148, 2965)
 
 

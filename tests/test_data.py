@@ -123,10 +123,11 @@ def test_coverage_counts_missing_values() -> None:
     interactions = pd.DataFrame({"user": [0, 0], "item": [1, 2], "split": ["train", "test"]})
     windows = pd.DataFrame({"split": ["test"]})
     catalogue = items[["item_id", "title", "year", "genres"]].assign(complete=[True, False])
-    dirt = pd.DataFrame({"file": ["x"], "reason": ["odd"], "rows": [3]})
+    dirt = pd.DataFrame({"file": ["reviews", "price"], "reason": ["odd", "range"], "rows": [3, 2]})
     tables = data.Tables(interactions, items, windows, catalogue, dirt)
     card = data.card(tables)
-    assert card["coverage"] == {"year": 0.5, "genres": 0.5} and card["left out"] == {"x: odd": 3}
+    assert card["coverage"] == {"year": 0.5, "genres": 0.5} and card["left out"] == {"reviews: odd": 3}
+    assert card["fields without a value"] == {"price: range": 2}
     assert data.coverage(tables)["complete"].to_dict() == {"year": 1.0, "genres": 1.0}
     found = data.buckets(tables, "movielens").query("attribute == 'era'")
     assert list(zip(found["stage"], found["value"], found["items"], found["share"], strict=True)) == [

@@ -19,6 +19,8 @@ class Handler(BaseHTTPRequestHandler):
     """Serves CONTENT; the first `cuts` answers stop half way, and `ranges` says whether it can go on from there."""
 
     cuts: ClassVar[int] = 0
+    busy: ClassVar[int] = 0
+    version: ClassVar[str] = "one"
     ranges: ClassVar[bool] = True
     asked: ClassVar[list[tuple[str, str | None]]] = []
 
@@ -28,12 +30,22 @@ class Handler(BaseHTTPRequestHandler):
         if "absent" in self.path:
             self.send_error(404)
             return
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        if Handler.busy > 0:
+            Handler.busy -= 1
+            self.send_error(503)
+            return
+        stale = self.headers.get("If-Range", self.version) != self.version
+        start = 0 if stale else int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
         if start >= len(CONTENT):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("ETag", self.version)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
         half = Handler.cuts > 0
         Handler.cuts -= half
@@ -46,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Handler, "cuts", 0)
+    monkeypatch.setattr(Handler, "busy", 0)
+    monkeypatch.setattr(Handler, "version", "one")
     monkeypatch.setattr(Handler, "ranges", True)
     monkeypatch.setattr(Handler, "asked", [])
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -73,23 +87,51 @@ def test_a_later_run_goes_on_where_the_first_gave_up(address: str, monkeypatch: 
     Handler.cuts = 1
     with pytest.raises(CorecError, match=r"could not be downloaded .*run again, what has arrived is kept"):
         downloads.fetch(f"{address}/file.gz", "here")
-    folder = paths.cache_dir() / "here"
-    assert {entry.name for entry in folder.iterdir()} == {"file.gz.part"}
+    assert {path.name for path in (paths.cache_dir() / "here").rglob("*.*")} == {"file.gz.part", "file.gz.part.version"}
     assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
     assert Handler.asked[-1][1] == "bytes=150000-"
 
 
-def test_a_part_that_is_no_part_of_the_file(address: str) -> None:
-    folder = paths.cache_dir() / "here"
-    folder.mkdir()
-    (folder / "file.gz.part").write_bytes(bytes(len(CONTENT) + 5))
+@pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 5])
+def test_a_part_that_is_all_or_more_than_all(address: str, size: int) -> None:
+    folder = downloads.fetch(f"{address}/file.gz", "here").parent
+    (folder / "file.gz").rename(folder / "file.gz.part")
+    if size > len(CONTENT):
+        (folder / "file.gz.part").write_bytes(bytes(size))
     assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+    assert len(Handler.asked) == (2 if size == len(CONTENT) else 3), "what is whole is not fetched again"
+
+
+def test_a_file_that_has_changed_starts_anew(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "ATTEMPTS", 1)
+        Handler.cuts = 1
+        with pytest.raises(CorecError):
+            downloads.fetch(f"{address}/file.gz", "here")
+    part = next((paths.cache_dir() / "here").rglob("*.part"))
+    part.write_bytes(bytes(part.stat().st_size))  # what has arrived was of another version
+    Handler.version = "two"
+    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+
+
+def test_a_busy_server_is_asked_again(address: str) -> None:
+    Handler.busy = 3
+    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+
+
+def test_a_full_disk(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(downloads.Resuming, "attempt", full)
+    with pytest.raises(CorecError, match=r"could not be saved in .*No space left.*set COREC_CACHE"):
+        downloads.fetch(f"{address}/file.gz", "here")
 
 
 def test_a_wrong_checksum_keeps_nothing(address: str) -> None:
     with pytest.raises(CorecError, match=r"not the file that was asked for: its sha256 is not 0000.*check data.sha256"):
         downloads.fetch(f"{address}/file.gz", "here", "0" * 64)
-    assert not list((paths.cache_dir() / "here").iterdir())
+    assert not [path for path in (paths.cache_dir() / "here").rglob("*") if path.is_file()]
 
 
 def test_files_of_a_category_by_name(address: str) -> None:

@@ -69,6 +69,7 @@ def test_planted_tastes_are_found_again(cache: Path) -> None:
 
 
 def test_with_tastes_in_brand_the_brand_token_changes_the_ranking_and_others_do_not(cache: Path) -> None:
+    """Only the brand tells candidates apart here: a token of what they all share must not move them against each other."""
     shop = Shop(cache / "brand", ("brand",), [0, 1])
     examples = reranker.load_examples(shop.tables.windows, shop.prepared)
     model = reranker.build(shop.tables.items, shop.prepared.table, shop.params.reranker, seed=0)

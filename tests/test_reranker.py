@@ -252,6 +252,17 @@ def test_no_adapter_and_no_model(world: World, tmp_path: Path) -> None:
         backbones.load("/no/such/model")
 
 
+def test_a_gated_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr(backbones.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(
+        CorecError, match=r"reranker.backbone: .*ask for access on its page and log in \(`hf auth login`\); or name the open"
+    ):
+        backbones.load("meta-llama/Meta-Llama-3-8B")
+
+
 def test_a_loss_that_is_not_a_number_stops(world: World) -> None:
     params = world.params()
     model = world.build(params)
@@ -330,6 +341,6 @@ def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.
     assert made.parameters == sum(value.numel() for value in model.model.parameters())
     assert plan.main([str(Path(__file__).parents[1] / "params" / "amazon-electronics.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "8,052,215,808" in said and "21,463,040" in said and "4 devices" in said
+    assert "8,052,117,504" in said and "21,413,888" in said and "4 devices" in said
     with pytest.raises(CorecError, match=r"the configuration of '/no/model' cannot be had: .*log in to the hub"):
-        plan.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10)
+        plan.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10, new_tokens=1)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -22,14 +24,14 @@ def test_likelihoods_agree_with_a_plain_forward_of_every_pair() -> None:
                 torch.testing.assert_close(found[row, column], wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_answers_do_not_depend_on_the_batch_and_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_the_batch_and_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     titles = ["A story of love", "Night", "Great house", "Children of the world", "Night"]
     together = tagger.tag(titles, TAGS, "tiny", batch=4)
     assert set(together) <= set(TAGS)
-    monkeypatch.setattr(backbones, "load", lambda *_: pytest.fail("the second time the answers come from the cache"))
-    assert tagger.tag(titles, TAGS, "tiny") == together
-    monkeypatch.undo()
-    monkeypatch.setattr(tagger.paths, "cache_dir", lambda: tagger.paths.root() / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "load", lambda *_: pytest.fail("the second time the answers come from the cache"))
+        assert tagger.tag(titles, TAGS, "tiny") == together
+    monkeypatch.setenv("COREC_CACHE", str(tmp_path / "other"))
     assert [tagger.tag([title], TAGS, "tiny", batch=1)[0] for title in titles] == together
 
 
@@ -44,5 +46,9 @@ def test_missing_categories_are_filled_and_known_ones_stay() -> None:
     assert tagger.quality(filled, ["Lamps"], "tiny").items == 0
     with pytest.raises(CorecError, match="data.tags is empty and the metadata names no categories"):
         data.fill_categories(items.assign(category=None), params)
+    with pytest.raises(CorecError, match="data.required names category"):
+        data.fill_categories(items, params.model_copy(update={"required": ["category"]}))
+    with pytest.raises(CorecError, match="Parameter data.tagger: no causal language model '/no/model'"):
+        tagger.tag(["love"], TAGS, "/no/model")
     with pytest.raises(CorecError, match="data.tagger: the items of this source have no category"):
         data.fill_categories(items[["title"]], params)
