@@ -621,7 +621,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "late: line's mean, last layer": {"readout": "late", "pooling": "mean", "layers": "last"},
     "late: line's end, all layers": {"readout": "late", "pooling": "end", "layers": "mix"},
     "late: line's mean, all layers": {"readout": "late", "pooling": "mean", "layers": "mix"},
-    "the same, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
+    "late: line's mean, all layers, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
 }
 
 
