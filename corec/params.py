@@ -55,11 +55,16 @@ class SasrecParams(Model):
     heads: int = Field(2, ge=1)
     dropout: float = Field(0.3, ge=0, lt=1)
     max_length: int = Field(100, ge=2)  # latest interactions that the model sees
-    loss: Literal["ce", "bce"] = "ce"  # full softmax; or the original, one sampled negative a position
+    # Full softmax; softmax against sampled items; gSASRec's generalised binary cross-entropy; the original, one negative.
+    loss: Literal["ce", "sampled", "gbce", "bce"] = "ce"
+    negatives: int = Field(256, ge=1)  # sampled, gbce: items drawn for each batch
+    gbce_t: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy, 1 calibrated as the full softmax
     lr: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
     patience: int = Field(10, ge=1)  # epochs without a better validation NDCG@10 before it stops
+    # Batches of like length, softmax in blocks, dropout from bytes: several times faster, with other random numbers.
+    fast: bool = False
     top_k: int = Field(50, ge=1)  # candidates written for every window
 
 

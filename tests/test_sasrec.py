@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import textbook_sasrec as textbook
 import torch
 
 from corec import CorecError, data, sasrec
@@ -39,7 +40,7 @@ def test_loss_is_the_plain_sum_over_positions(kind: str) -> None:
     model = sasrec.SASRec(12, SMALL).eval()
     sequences = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
     torch.manual_seed(1)
-    value = sasrec.loss(model, sequences, kind)
+    value = sasrec.loss(model, sequences, SMALL.model_copy(update={"loss": kind}))
     terms = []
     torch.manual_seed(1)
     negatives = torch.randint(1, 13, (2, 3))
@@ -106,10 +107,10 @@ def test_candidates_are_the_best_unseen(tables: data.Tables) -> None:
     windows = tables.windows.query("split != 'train'")
     found = sasrec.candidates(model, tables.interactions, windows, SMALL, batch=16)
     wanted = sasrec.queries(tables.interactions, windows, SMALL.max_length)
-    scores = sasrec.unseen_scores(model, wanted, slice(0, None)).detach().numpy()
+    scores = sasrec.unseen_scores(model, sasrec.encode(model, wanted.inputs), wanted.seen).detach().numpy()
     for row, (items, values) in enumerate(zip(found["candidates"], found["scores"], strict=True)):
         assert not set(items) & set(wanted.seen[row]) and 0 not in items
-        np.testing.assert_allclose(np.sort(scores[row])[::-1][:20], values, rtol=1e-5)
+        np.testing.assert_allclose(np.sort(scores[row])[::-1][:20], values, rtol=1e-5, atol=1e-6)
 
 
 def test_k_larger_than_the_catalogue(tables: data.Tables) -> None:
@@ -121,3 +122,102 @@ def test_k_larger_than_the_catalogue(tables: data.Tables) -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(CorecError, match="not a multiple"):
         sasrec.SASRec(10, SMALL.model_copy(update={"heads": 3}))
+
+
+def oracle(model: sasrec.SASRec, params: SasrecParams) -> textbook.Textbook:
+    """The textbook's version with the same parameters."""
+    plain = textbook.Textbook(model.items.num_embeddings - 1, params)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
+def test_the_fast_loss_and_its_gradient_are_the_textbooks() -> None:
+    torch.manual_seed(0)
+    fast = SMALL.model_copy(update={"fast": True})
+    model, rng = sasrec.SASRec(300, fast).eval(), np.random.default_rng(0)
+    plain = oracle(model, SMALL)
+    pieces = [rng.integers(1, 301, length) for length in rng.integers(2, 12, 90)]
+    value = sasrec.loss(model, sasrec.pad(pieces), fast)
+    value.backward()
+    wanted = plain.loss(textbook.pad_full(pieces, 11))
+    wanted.backward()
+    torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, dict(plain.named_parameters())[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "gbce"])
+def test_losses_against_sampled_items(kind: str) -> None:
+    params = SMALL.model_copy(update={"loss": kind, "negatives": 5, "gbce_t": 0.6})
+    torch.manual_seed(0)
+    model = sasrec.SASRec(12, SMALL).eval()
+    sequences = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    torch.manual_seed(1)
+    value = sasrec.loss(model, sequences, params)
+    torch.manual_seed(1)
+    drawn = torch.randint(1, 13, (5,)).tolist()
+    alpha, terms = 5 / 11, []
+    beta = alpha * (0.6 * (1 - 1 / alpha) + 1 / alpha)
+    for user, position in [(0, 0), (0, 1), (0, 2), (1, 0)]:
+        scores = model.scores(model(sequences[user : user + 1, : position + 1])[0, -1])
+        target = int(sequences[user, position + 1])
+        others = scores[[item for item in drawn if item != target]]
+        if kind == "sampled":
+            terms.append(-torch.cat([scores[target][None], others]).log_softmax(0)[0])
+        else:
+            terms.append(-(torch.sigmoid(scores[target]) ** beta).log() - torch.sigmoid(-others).log().sum())
+    torch.testing.assert_close(value, torch.stack(terms).mean())
+
+
+def test_ranks_and_encodings_are_the_textbooks(tables: data.Tables) -> None:
+    torch.manual_seed(0)
+    model = sasrec.SASRec(len(tables.items), SMALL).eval()
+    wanted = sasrec.queries(tables.interactions, tables.windows.query("split == 'test'"), SMALL.max_length)
+    plain = textbook.ranks(oracle(model, SMALL), wanted.inputs, wanted.targets, wanted.seen)
+    assert (sasrec.rank_targets(model, wanted, batch=7) == plain).all()
+    one = torch.stack([model(torch.from_numpy(items)[None])[0, -1] for items in wanted.inputs])
+    torch.testing.assert_close(sasrec.encode(model, wanted.inputs, tokens=30), one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [4, 10])
+def test_one_pass_encodes_every_prefix(tables: data.Tables, length: int) -> None:
+    params = SMALL.model_copy(update={"max_length": length})
+    model = sasrec.SASRec(len(tables.items), params).eval()
+    states = sasrec.window_states(model, tables.interactions, tables.windows, params)
+    inputs = sasrec.queries(tables.interactions, tables.windows, length).inputs
+    torch.testing.assert_close(states, sasrec.encode(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_hold_every_sequence_once_and_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.ceil(rng.lognormal(1, 1, 5000)).clip(2, 200).astype(int)
+    groups = sasrec.batches(lengths, 64, rng)
+    assert sorted(np.concatenate(groups)) == list(range(5000))
+    random = [rng.permutation(5000)[start : start + 64] for start in range(0, 5000, 64)]
+    assert sasrec.padding_share(lengths, groups) < 0.2 < 0.8 < sasrec.padding_share(lengths, random)
+    tokens = np.array([lengths[group].sum() for group in groups])
+    assert np.median(tokens) == pytest.approx(64 * lengths.mean(), rel=0.2)
+
+
+def test_dropout_from_bytes_keeps_the_share_and_the_mean() -> None:
+    noise = sasrec.Noise(0.3, fast=True)
+    noise.seed(1, 2)
+    dropped = noise(torch.ones(200, 500), training=True)
+    assert (dropped == 0).float().mean() == pytest.approx(0.3, abs=0.01) and dropped.mean() == pytest.approx(1, abs=0.01)
+    noise.seed(1, 2)
+    torch.testing.assert_close(noise(torch.ones(200, 500), training=True), dropped)
+    assert (noise(torch.ones(3), training=False) == 1).all()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", ["ce", "gbce"])
+def test_resuming_gives_bitwise_the_same_parameters(tables: data.Tables, tmp_path: Path, kind: str, fast: bool) -> None:
+    params = SMALL.model_copy(update={"epochs": 5, "dropout": 0.2, "loss": kind, "negatives": 8, "fast": fast})
+    whole = sasrec.train(tables.interactions, tables.windows, len(tables.items), params, seed=1)
+    sasrec.train(tables.interactions, tables.windows, len(tables.items), params, seed=1, folder=tmp_path, stop_after=2)
+    again = sasrec.train(tables.interactions, tables.windows, len(tables.items), params, seed=1, folder=tmp_path)
+    pd.testing.assert_frame_equal(again.curve, whole.curve)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+    other = sasrec.train(tables.interactions, tables.windows, len(tables.items), params, seed=2, folder=tmp_path)
+    assert len(other.curve) >= 3 and other.curve["loss"][0] != whole.curve["loss"][0], "another seed does not resume"
