@@ -144,7 +144,7 @@ def bench_sasrec() -> Iterator[Figure]:
     tables = data.prepare(DataParams(source="ml-1m"))
     train = tables.interactions[tables.interactions["split"] == "train"]
     rng, n_items = np.random.default_rng(0), len(tables.items)
-    long = [table.to_numpy(copy=True) for _, table in train.groupby("user")["item"]]
+    long = list(sasrec.items_by_user(train).values())
     for name, sequences in (("ml1m", long), ("short", short_tailed(60_000, n_items, rng))):
         cut = [piece for items in sequences for piece in sasrec.pieces(items, params.max_length + 1, params.max_length + 1)]
         cut = [cut[place] for place in rng.permutation(len(cut))[: 8 * params.batch_size * (1 if name == "ml1m" else 4)]]
@@ -172,7 +172,7 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
 
     n_items, rng = len(tables.items), np.random.default_rng(0)
     model = sasrec.SASRec(n_items, params).eval()
-    items = {user: table.to_numpy(copy=True) for user, table in tables.interactions.groupby("user")["item"]}
+    items = sasrec.items_by_user(tables.interactions)
     batch, length, width, head = 64, params.max_length, params.hidden, params.hidden // params.heads
     ids = torch.from_numpy(rng.integers(1, n_items + 1, (batch, length)))
     states, square = torch.randn(batch * length, width), torch.randn(width, width)

@@ -139,9 +139,14 @@ def pad(sequences: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]))
 
 
+def items_by_user(interactions: pd.DataFrame) -> dict[Any, np.ndarray]:
+    """Each user's items, in the order of the table."""
+    return {user: table.to_numpy(copy=True) for user, table in interactions.groupby("user")["item"]}
+
+
 def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) -> Queries:
     """The queries of some windows: each user's interactions before the window's target."""
-    items = {user: table.to_numpy(copy=True) for user, table in interactions.groupby("user")["item"]}
+    items = items_by_user(interactions)
     seen = [items[user][:position] for user, position in zip(windows["user"], windows["position"], strict=True)]
     return Queries([items[-max_length:] for items in seen], windows["target"].to_numpy(copy=True), seen)
 
@@ -220,14 +225,18 @@ def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np
 
     Lengths are sorted within random groups of 8 batches, so that who meets whom still changes from epoch to epoch.
     """
-    budget, result = size * lengths.mean(), []
+    result: list[np.ndarray] = []
     order = rng.permutation(len(lengths))
     for start in range(0, len(order), 8 * size):
         group = order[start : start + 8 * size]
-        group = group[np.argsort(lengths[group], kind="stable")]
-        cuts = np.flatnonzero(np.diff(np.cumsum(lengths[group]) // budget)) + 1
-        result += np.split(group, cuts)
+        result += by_length(group, lengths, size * lengths.mean())
     return [result[place] for place in rng.permutation(len(result))]
+
+
+def by_length(rows: np.ndarray, lengths: np.ndarray, budget: float) -> list[np.ndarray]:
+    """Sort `rows` by the `lengths` of their sequences and cut them into groups of about `budget` items each."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    return np.split(rows, np.flatnonzero(np.diff(np.cumsum(lengths[rows]) // budget)) + 1)
 
 
 def padding_share(lengths: np.ndarray, groups: Sequence[np.ndarray]) -> float:
@@ -260,10 +269,8 @@ def encode(model: SASRec, inputs: Sequence[np.ndarray], tokens: int = 20_000) ->
     """
     model.eval()
     lengths = np.array([len(items) for items in inputs])
-    order = np.argsort(lengths, kind="stable")
     states = torch.empty(len(inputs), model.items.embedding_dim, device=model.items.weight.device)
-    cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // tokens)) + 1
-    for group in np.split(order, cuts):
+    for group in by_length(np.arange(len(inputs)), lengths, tokens):
         last = torch.from_numpy(lengths[group] - 1)
         states[group] = model(pad([inputs[row] for row in group]).to(states.device))[torch.arange(len(group)), last]
     return states
@@ -343,7 +350,7 @@ def train(
         Stop after so many epochs, as if interrupted.
     """
     torch.manual_seed(seed)
-    sequences = [table.to_numpy(copy=True) for _, table in interactions[interactions["split"] == "train"].groupby("user")["item"]]
+    sequences = list(items_by_user(interactions[interactions["split"] == "train"]).values())
     valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SASRec(n_items, params).to(device)
@@ -435,7 +442,7 @@ def candidates(
             "see: lower sasrec.top_k and controls.k."
         )
     states = window_states(model, interactions, windows, params)
-    items = {user: table.to_numpy(copy=True) for user, table in interactions.groupby("user")["item"]}
+    items = items_by_user(interactions)
     best_items = np.empty((len(windows), params.top_k), dtype=np.int64)
     best_scores = np.empty((len(windows), params.top_k), dtype=np.float32)
     positions, owners, shown = windows["position"].to_numpy(), windows["user"].to_numpy(), time.monotonic()
@@ -486,7 +493,7 @@ def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFra
     if len(far):
         states[far] = encode(model, queries(interactions, windows.iloc[far], params.max_length).inputs)
     near = np.flatnonzero(position <= params.max_length)
-    items = {user: table.to_numpy(copy=True)[: params.max_length] for user, table in interactions.groupby("user")["item"]}
+    items = {user: own[: params.max_length] for user, own in items_by_user(interactions).items()}
     users = sorted({*owner[near].tolist()}, key=lambda user: len(items[user]))
     place = {user: number for number, user in enumerate(users)}
     rows = near[np.argsort([place[user] for user in owner[near]], kind="stable")]
