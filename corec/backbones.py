@@ -118,28 +118,6 @@ def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
         return LlamaForCausalLM(config), tokenizer
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
-
-    A GPU takes bfloat16. Among CPUs, those with bfloat16 instructions multiply it several times faster than
-    float32, and those without several times slower, so one small product of each is timed.
-    """
-    if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return min(seconds, key=seconds.__getitem__)
-
-
 def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reranker.backbone") -> tuple[Any, Any]:
     """Model and tokenizer of a backbone.
 

@@ -72,12 +72,24 @@ print(time.perf_counter() - start, paths.peak_memory_mb(), len(interactions))
 """
 
 
-def process(code: str, folder: Path) -> tuple[float, list[float]]:
+# A whole training of the retriever on MovieLens-100K; prints when 95 % of the best validation NDCG@10 was reached.
+TO_95 = """
+import sys
+from corec import data, params, paths, sasrec, sasrec_study
+settings = params.load(paths.root() / "params" / "ml-100k.yaml")
+own = settings.sasrec.model_copy(update={"fast": sys.argv[1] == "fast"})
+tables = data.prepare(settings.data)
+trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), own, 0)
+row = sasrec_study.test_row(trained, tables, own)
+print(row["seconds_to_95"], row["peak_memory_mb"], row["valid NDCG@10"])
+"""
+
+
+def process(code: str, *given: object) -> tuple[float, list[float]]:
     """Seconds of a whole Python process, and what its last line printed."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), " ".join(REQUIRED)], stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, *map(str, given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - start, [float(word) for word in done.stdout.splitlines()[-1].split()]
 
 
@@ -102,13 +114,13 @@ def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[
             synthetic.write(folder, users=number // 8, items=items, reviews=number, brands=2000)
             zcat(folder)
             unpack = zcat(folder)
-            ours, (write, peak, rows) = process(STAGE, folder)
+            ours, (write, peak, rows) = process(STAGE, folder, " ".join(REQUIRED))
             size = f"{number / 1e6:g}M"
             yield Figure(f"data_zcat_{size}", unpack, "s")
             yield Figure(f"data_seconds_{size}", ours, "s", "zcat + time to write", ours / (unpack + write))
             yield Figure(f"data_peak_{size}", peak, "MB")
             if pandas and number == 2_000_000:
-                plain, (_, plain_peak, plain_rows) = process(PANDAS, folder)
+                plain, (_, plain_peak, plain_rows) = process(PANDAS, folder, " ".join(REQUIRED))
                 assert plain_rows == rows, "both keep the same interactions"
                 yield Figure(f"data_vs_pandas_{size}", ours, "s", f"pandas.read_json, {plain:.1f} s", plain / ours)
                 yield Figure(f"data_pandas_peak_{size}", plain_peak, "MB")
@@ -138,7 +150,6 @@ def bench_sasrec() -> Iterator[Figure]:
     from corec.params import DataParams, SasrecParams
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import textbook_sasrec as textbook
 
     params = SasrecParams(hidden=64, layers=2, heads=2, dropout=0.2, max_length=200, batch_size=128, fast=True)
     tables = data.prepare(DataParams(source="ml-1m"))
@@ -151,17 +162,77 @@ def bench_sasrec() -> Iterator[Figure]:
         lengths = np.array([len(piece) for piece in cut])
         count = int(lengths.sum() - len(cut))
         groups = sasrec.batches(lengths, params.batch_size, rng)
-        plain = textbook.Textbook(n_items, params)
         ours = sasrec.SASRec(n_items, params)
-        slow = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=False)
         fast = torch.optim.AdamW(ours.parameters(), lr=1e-3, fused=True)
-        base = seconds(lambda: textbook.train_epoch(plain, slow, cut, rng))  # noqa: B023
+        before: list[float] = []
+        for level, label in enumerate(LADDER):
+            climb = ladder(level, cut, n_items, params)
+            before.append(seconds(climb))
+            ratio = before[-2] / before[-1] if level else None
+            yield Figure(f"ladder_{name}_{level}", count / before[-1], "interactions/s", label, ratio)
         mine = seconds(lambda: sasrec.train_epoch(ours, fast, cut, params, rng))  # noqa: B023
-        yield Figure(f"train_textbook_{name}", count / base, "interactions/s")
-        yield Figure(f"train_vs_textbook_{name}", count / mine, "interactions/s", "textbook", base / mine)
+        yield Figure(f"train_textbook_{name}", count / before[0], "interactions/s")
+        yield Figure(f"train_vs_textbook_{name}", count / mine, "interactions/s", "textbook", before[0] / mine)
         yield Figure(f"padding_{name}_random", 1 - count / (len(cut) * params.max_length), "share")
         yield Figure(f"padding_{name}_bucketed", sasrec.padding_share(lengths - 1, groups), "share")
     yield from bench_encoding(tables, params)
+    slow, fast = process(TO_95, "plain")[1], process(TO_95, "fast")[1]
+    yield Figure("seconds_to_95_ml100k", fast[0], "s", f"fast: false, {slow[0]:.1f} s", slow[0] / fast[0])
+    yield Figure("peak_to_95_ml100k", fast[1], "MB", f"fast: false, {slow[1]:.0f} MB")
+    yield Figure("valid_ndcg10_ml100k", fast[2], "", f"fast: false, {slow[2]:.4f}")
+
+
+# From the textbook's training to ours, one step at a time.
+LADDER = (
+    "textbook: everything padded to 200, attention written out, all logits",
+    "fused attention (is_causal)",
+    "only real positions meet the items",
+    "padding to the longest of the batch",
+    "batches of like length",
+    "softmax and its gradient in blocks",
+    "dropout from bytes",
+    "fused AdamW",
+    "bfloat16 products where they are faster",
+)
+
+
+def ladder(level: int, cut: list[np.ndarray], n_items: int, params: Any) -> Callable[[], None]:
+    """An epoch over the sequences `cut` with the first `level` steps of :data:`LADDER` taken."""
+    import textbook_sasrec as textbook
+    import torch
+    from torch.nn import functional as F
+
+    from corec import sasrec
+
+    rng = np.random.default_rng(0)
+    own = params.model_copy(update={"fast": level >= 5, "dtype": "auto" if level >= 8 else "float32"})
+    plain, ours = textbook.Textbook(n_items, own), sasrec.SASRec(n_items, own)
+    ours.noise.fast = level >= 6
+    model = ours if level else plain
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=level >= 7)
+    lengths = np.array([len(piece) for piece in cut])
+
+    def loss(batch: list[np.ndarray]) -> torch.Tensor:
+        sequences = sasrec.pad(batch) if level >= 3 else textbook.pad_full(batch, own.max_length + 1)
+        if level == 0:
+            return plain.loss(sequences)
+        if level == 1:
+            scores = ours.scores(ours(sequences[:, :-1]))
+            return F.cross_entropy(scores.flatten(0, 1), sequences[:, 1:].flatten(), ignore_index=0)
+        return sasrec.loss(ours, sequences, own)
+
+    def epoch() -> None:
+        model.train()
+        order = rng.permutation(len(cut))
+        size = own.batch_size
+        random = [order[start : start + size] for start in range(0, len(cut), size)]
+        for group in sasrec.batches(lengths, size, rng) if level >= 4 else random:
+            value = loss([cut[place] for place in group])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+    return epoch
 
 
 def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
@@ -196,7 +267,13 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
         test = tables.windows[tables.windows["split"] == "test"]
         wanted = sasrec.queries(tables.interactions, test, params.max_length)
         encoded = sasrec.encode(model, wanted.inputs)
-        yield Figure("full_ranking_6040_users_s", seconds(lambda: sasrec.rank_states(model, encoded, wanted)), "s")
+
+        def sort() -> None:
+            for start in range(0, len(encoded), 1024):
+                model.scores(encoded[start : start + 1024]).argsort(descending=True)
+
+        count, sorting = seconds(lambda: sasrec.rank_states(model, encoded, wanted)), seconds(sort)
+        yield Figure("full_ranking_6040_users_s", count, "s", f"product and sorting, {sorting:.2f} s", sorting / count)
         users = list(items)
         positions = [np.arange(1, len(items[user])) for user in users]
         prefixes = torch.randn(sum(map(len, positions)), width)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,13 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def manifest(params: Params) -> dict[str, Any]:
-    """What made a run: parameters, versions, commit, and each stage's time, peak memory and digests."""
+def manifest(params: Params, of: Sequence[str] = ("data", "sasrec", "controls", "reranker", "evaluation")) -> dict[str, Any]:
+    """What made a run: parameters, versions, commit, and time, peak memory and digests of each of the stages `of`."""
     found = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
     wanted = "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors seaborn".split()
     wanted += ["tokenizers", "torch", "transformers"]
     stages = {}
-    for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
+    for stage in of:
         record = paths.require(params.run, stage)
         stages[stage] = {name: value for name, value in record.items() if name not in ("stage", "params")}
     return {

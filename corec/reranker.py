@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corec import CorecError, backbones, controls, paths
+from corec import CorecError, backbones, controls, machine, paths
 from corec.controls import Pools, Vocabulary
 from corec.params import Params, RerankerParams
 
@@ -331,7 +331,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         and trainable rows for the new tokens; without, the model is the zero-shot baseline.
     """
     torch.manual_seed(seed)
-    model, tokenizer = backbones.load(params.backbone, backbones.resolve_dtype(params.dtype))
+    model, tokenizer = backbones.load(params.backbone, machine.resolve_dtype(params.dtype))
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
     if adapted:
         model = adapt(model, added, params)

@@ -5,8 +5,8 @@ position t depends on items 0 … t only: one pass trains every position, and en
 
 Where the time does not go: only real positions meet the output product; ranks are counted, not sorted. With
 `sasrec.fast` sequences of like length share a batch, so that hardly any padding is computed; the full softmax is
-computed a block of positions at a time, with its gradient, so that scores stay in the processor's cache; dropout
-masks come from random bytes.
+computed a block of positions at a time, with its gradient, so that scores stay in the processor's cache, in bfloat16
+where the machine multiplies it faster; dropout masks come from random bytes.
 """
 
 import json
@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corec import CorecError, paths
+from corec import CorecError, machine, paths
 from corec.params import SasrecParams
 
 KS = (5, 10, 20)
-BLOCK = 128  # positions whose scores are computed at a time
+BLOCK = 256  # positions whose scores are computed at a time
 
 
 class Noise:
@@ -155,34 +155,36 @@ class FullSoftmax(torch.autograd.Function):
     """Mean cross-entropy against all items, with its gradients, `BLOCK` positions at a time.
 
     Equal to ``cross_entropy(states @ items.T, targets)``. That would write all scores to memory and read them again
-    several times; here a block of them stays in the cache until its share of both gradients is done.
+    several times; here a block of them stays in the cache until its share of both gradients is done. The three
+    products take their factors in `dtype`; sums and exponentials are in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, items: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """Loss of `states` [positions, hidden] against `items` [n_items, hidden], whose rows `targets` count from 0."""
-        count = len(states)
-        to_states, to_items, total = torch.empty_like(states), torch.zeros_like(items), states.new_zeros(())
+        count, rows, table = len(states), states.to(dtype), items.to(dtype)
+        to_states, to_items, total = torch.empty_like(rows), torch.zeros_like(items), states.new_zeros(())
         for start in range(0, count, BLOCK):
             part = slice(start, start + BLOCK)
             wanted = targets[part, None]
-            scores = states[part] @ items.T  # [block, n_items]
+            scores = (rows[part] @ table.T).float()  # [block, n_items]
             scores -= scores.amax(1, keepdim=True)
             own = scores.gather(1, wanted)
             sums = scores.exp_().sum(1, keepdim=True)
             total += (sums.log() - own).sum()
             scores /= sums * count
             scores.scatter_add_(1, wanted, torch.full_like(own, -1 / count))
-            torch.mm(scores, items, out=to_states[part])
-            to_items.addmm_(scores.T, states[part])
-        ctx.save_for_backward(to_states, to_items)
+            shares = scores.to(dtype)
+            torch.mm(shares, table, out=to_states[part])
+            to_items += shares.T @ rows[part]
+        ctx.save_for_backward(to_states.to(states.dtype), to_items)
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Scale what :meth:`forward` has found."""
         to_states, to_items = ctx.saved_tensors
-        return gradients[0] * to_states, gradients[0] * to_items, None
+        return gradients[0] * to_states, gradients[0] * to_items, None, None
 
 
 def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
@@ -201,7 +203,8 @@ def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
     if params.loss == "ce" and not params.fast:
         return F.cross_entropy(model.scores(states), wanted)
     if params.loss == "ce":
-        return FullSoftmax.apply(states, model.items.weight[1:], wanted - 1)  # type: ignore[no-any-return]
+        softmax = FullSoftmax.apply(states, model.items.weight[1:], wanted - 1, machine.resolve_dtype(params.dtype))
+        return softmax  # type: ignore[no-any-return]
     if params.loss == "bce":
         negatives = torch.randint_like(targets, 1, n_items + 1)
         for _ in range(10):  # draw again where a negative is one of the user's own items
@@ -291,20 +294,18 @@ def rank_states(model: SASRec, states: Tensor, wanted: Queries, batch: int = 102
     """Ranks of the targets from the queries' `states` [queries, hidden] (see :func:`rank_targets`)."""
     ranks = []
     for start in range(0, len(states), batch):
-        part = slice(start, start + batch)
-        scores = unseen_scores(model, states[part], wanted.seen[part])
-        target = torch.from_numpy(wanted.targets[part])[:, None].to(scores.device)
-        ranks.append((scores >= scores.gather(1, target)).sum(1))
-    return torch.cat(ranks).cpu().numpy()
+        part = Queries(*(values[start : start + batch] for values in wanted))
+        ranks.append(rank_scores(model.scores(states[start : start + batch]), part))
+    return np.concatenate(ranks)
 
 
-@torch.inference_mode()
-def unseen_scores(model: SASRec, states: Tensor, seen: Sequence[np.ndarray]) -> Tensor:
-    """Scores [queries, n_items + 1] after `states` [queries, hidden], minus infinity for items that were seen."""
-    scores = model.scores(states)
-    rows = torch.from_numpy(np.repeat(np.arange(len(seen)), [len(items) for items in seen]))
-    scores[rows, torch.from_numpy(np.concatenate(seen))] = -torch.inf
-    return scores
+def rank_scores(scores: Tensor, wanted: Queries) -> np.ndarray:
+    """Ranks of the targets from `scores` [queries, n_items + 1], in which seen items and padding are overwritten."""
+    rows = torch.from_numpy(np.repeat(np.arange(len(wanted.seen)), [len(items) for items in wanted.seen]))
+    scores[:, 0] = -torch.inf
+    scores[rows, torch.from_numpy(np.concatenate(wanted.seen))] = -torch.inf
+    target = torch.from_numpy(wanted.targets)[:, None].to(scores.device)
+    return (scores >= scores.gather(1, target)).sum(1).cpu().numpy()
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
@@ -332,6 +333,7 @@ def train(
     report: int = 5,
     folder: Path | None = None,
     stop_after: int | None = None,
+    max_seconds: float = float("inf"),
 ) -> Trained:
     """Train on the training interactions, keep the epoch with the best validation NDCG@10.
 
@@ -348,17 +350,32 @@ def train(
         Where a checkpoint is kept after every epoch; without one none is.
     stop_after
         Stop after so many epochs, as if interrupted.
+    max_seconds
+        Start no epoch that would most likely end after so many seconds of training; the first one is always run.
+
+    Returns
+    -------
+    Its `curve` has one row an epoch: ``epoch loss seconds peak_memory_mb`` (seconds since the start, validation
+    included; peak of the process) and the validation metrics.
+
+    Raises
+    ------
+    CorecError
+        When the loss is no longer a number.
     """
     torch.manual_seed(seed)
     sequences = list(items_by_user(interactions[interactions["split"] == "train"]).values())
     valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SASRec(n_items, params).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params.lr, weight_decay=1e-4, fused=params.fast)
-    checkpoint, shown = folder / "checkpoint.pt" if folder else None, time.monotonic()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=params.lr, betas=(0.9, params.beta2), weight_decay=1e-4, fused=params.fast
+    )
+    checkpoint, shown = folder / f"checkpoint-{params.loss}-{seed}.pt" if folder else None, time.monotonic()
     rng = np.random.default_rng(seed)
     state: dict[str, Any] = {"identity": paths.digest([params.model_dump(), seed, n_items, [len(items) for items in sequences]])}
     state |= {"curve": [], "best": -1.0, "best_epoch": 0, "best_state": {}}
+    state["dtype"] = str(machine.resolve_dtype(params.dtype)).removeprefix("torch.")
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["identity"] == state["identity"]:
@@ -368,14 +385,21 @@ def train(
             rng.bit_generator.state = json.loads(saved.pop("numpy"))
             state = saved
             print(f"resumed after epoch {len(state['curve'])}", flush=True)
+    params = params.model_copy(update={"dtype": state["dtype"]})
+    spent = state["curve"][-1]["seconds"] if state["curve"] else 0.0
+    started = time.monotonic() - spent
     for epoch in range(len(state["curve"]) + 1, params.epochs + 1):
         if epoch - 1 - state["best_epoch"] >= params.patience or (stop_after and epoch > stop_after):
             break
-        value = train_epoch(model, optimizer, sequences, params, rng)
+        if epoch > 1 and spent * epoch / (epoch - 1) > max_seconds:
+            break
+        value = train_epoch(model, optimizer, sequences, params, rng, epoch)
         if not np.isfinite(value):
             raise CorecError(f"SASRec's training loss is not a number in epoch {epoch}: lower sasrec.lr.")
         metrics = ranking_metrics(rank_targets(model, valid))
-        state["curve"].append({"epoch": epoch, "loss": value, **metrics})
+        spent = time.monotonic() - started
+        used = {"seconds": spent, "peak_memory_mb": paths.peak_memory_mb()}
+        state["curve"].append({"epoch": epoch, "loss": value, **used, **metrics})
         if metrics["NDCG@10"] > state["best"]:
             state |= {"best": metrics["NDCG@10"], "best_epoch": epoch}
             state["best_state"] = {name: value.clone() for name, value in model.state_dict().items()}
@@ -397,8 +421,12 @@ def train_epoch(
     sequences: Sequence[np.ndarray],
     params: SasrecParams,
     rng: np.random.Generator,
+    epoch: int = 1,
 ) -> float:
-    """One pass over all training sequences [items, oldest first]; returns the mean loss."""
+    """One pass over all training sequences [items, oldest first]; returns the mean loss.
+
+    With `decay` the learning rate rises during the first `epoch` and falls linearly, to 0 at the end of the last.
+    """
     model.train()
     size = params.max_length + 1
     cut = [piece for items in sequences for piece in pieces(items, size, int(rng.integers(2, size + 1)))]
@@ -408,7 +436,10 @@ def train_epoch(
         order = rng.permutation(len(cut))
         groups = [order[start : start + params.batch_size] for start in range(0, len(order), params.batch_size)]
     total, count = 0.0, 0
-    for group in groups:
+    for number, group in enumerate(groups):
+        if params.decay:
+            done = epoch - 1 + (number + 0.5) / len(groups)  # epochs, in the middle of this step
+            optimizer.param_groups[0]["lr"] = params.lr * min(1.0, done) * (1 - done / params.epochs)
         if params.fast:
             model.noise.seed(int(rng.integers(2**32)))
         value = loss(model, pad([cut[place] for place in group]).to(model.items.weight.device), params)
@@ -507,11 +538,13 @@ def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFra
 
 
 def save(trained: Trained, table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write weights, learning curve and candidates; returns the files."""
+    """Write weights, learning curve and candidates, and remove the checkpoints; returns the files."""
     files = [folder / "model.safetensors", folder / "curve.parquet", folder / "candidates.parquet"]
     save_file(trained.model.state_dict(), files[0])
     trained.curve.to_parquet(files[1], index=False)
     table.to_parquet(files[2], index=False)
+    for checkpoint in folder.glob("**/checkpoint-*.pt"):
+        checkpoint.unlink()
     return files
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from corec import backbones, paths
+from corec import backbones, machine, paths
 
 PROMPT = ("Product:", "\nProduct category:")  # the title comes between
 TITLE_TOKENS = 40
@@ -73,7 +73,7 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
     known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
     new = sorted({title for title in titles if title not in known})
     if new:
-        model, tokenizer = backbones.load(backbone, backbones.resolve_dtype("auto"), "data.tagger")
+        model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = model.eval().to(device)
         before = tokenizer(PROMPT[0])["input_ids"]  # with the token that begins a text, where the model has one
