@@ -132,6 +132,11 @@ class Queries(NamedTuple):
     targets: np.ndarray  # [queries]
     seen: list[np.ndarray]  # all items before the target
 
+    def part(self, start: int, size: int) -> "Queries":
+        """The `size` queries from `start` on."""
+        own = slice(start, start + size)
+        return Queries(self.inputs[own], self.targets[own], self.seen[own])
+
 
 def pad(sequences: Sequence[np.ndarray]) -> Tensor:
     """Stack sequences, padded on the right with 0: [batch, longest]."""
@@ -294,8 +299,7 @@ def rank_states(model: SASRec, states: Tensor, wanted: Queries, batch: int = 102
     """Ranks of the targets from the queries' `states` [queries, hidden] (see :func:`rank_targets`)."""
     ranks = []
     for start in range(0, len(states), batch):
-        part = Queries(*(values[start : start + batch] for values in wanted))
-        ranks.append(rank_scores(model.scores(states[start : start + batch]), part))
+        ranks.append(rank_scores(model.scores(states[start : start + batch]), wanted.part(start, batch)))
     return np.concatenate(ranks)
 
 

@@ -5,14 +5,17 @@ Everything here is leave-one-out with full ranking, the epoch chosen by validati
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
 from scipy import sparse, stats
 
-from corec import sasrec
+from corec import paths, sasrec
 from corec.data import Tables
-from corec.params import SasrecParams
+from corec.params import Params, SasrecParams
 from corec.sasrec import Queries
 
 LOSSES = ("ce", "sampled", "gbce", "bce")
@@ -51,7 +54,7 @@ def knn_ranks(tables: Tables, wanted: Queries, neighbours: int, batch: int = 102
     """
     similar, ranks = similarities(tables, neighbours), []
     for start in range(0, len(wanted.targets), batch):
-        part = Queries(*(values[start : start + batch] for values in wanted))
+        part = wanted.part(start, batch)
         users = np.repeat(np.arange(len(part.seen)), [len(items) for items in part.seen])
         history = sparse.csr_array((np.ones(len(users), dtype=np.float32), (users, np.concatenate(part.seen))))
         history.resize(len(part.seen), similar.shape[0])
@@ -67,7 +70,7 @@ def best_neighbours(tables: Tables, max_length: int) -> int:
 
 def intervals(ranks: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
     """HR@10 and NDCG@10 of `ranks` [queries] with percentile intervals of 1,000 bootstrap resamples of the queries."""
-    hits, result = ranks <= 10, {}
+    hits, result = ranks <= 10, dict[str, float]()
     for name, gains in (("HR@10", hits.astype(float)), ("NDCG@10", hits / np.log2(ranks + 1))):
         drawn = stats.bootstrap(
             (gains,), np.mean, n_resamples=1000, confidence_level=confidence, method="percentile", rng=0, batch=100
@@ -142,3 +145,44 @@ def by_seed(tables: Tables, params: SasrecParams, seed: int, folder: Path | None
         rows.append({"seed": own, **test_row(trained, tables, params)})
         curves.append(trained.curve.assign(seed=own))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
+
+
+def compare(tables: Tables, settings: Params, yardsticks: pd.DataFrame, stage: Path) -> tuple[Path, dict[str, pd.DataFrame]]:
+    """What the parameters ask for, kept in ``figures/<run>/``; else what ``params/retriever-ml-1m.yaml`` has left there.
+
+    Parameters
+    ----------
+    yardsticks
+        :func:`intervals` of other rankers on the same test, one row each, kept beside the rest.
+    stage
+        Folder for checkpoints.
+
+    Returns
+    -------
+    The folder, and the tables found in it: ``losses loss_curves seeds seed_curves yardsticks``.
+    """
+    own, made = settings.sasrec, {}
+    if own.compare_seeds:
+        made["seeds"], made["seed_curves"] = by_seed(tables, own, settings.seed, stage)
+    if own.compare_seconds:
+        made["losses"], made["loss_curves"] = by_loss(tables, own, settings.seed, stage / "losses")
+    folder = paths.figures_dir(settings.run if made else "retriever-ml-1m")
+    if made:
+        made["yardsticks"] = yardsticks.rename_axis("ranker").reset_index()
+        n_users = int((tables.windows["split"] == "test").sum())
+        protocol = "leave-one-out, all unseen items, epoch by validation NDCG@10"
+        for name, table in made.items():
+            table = table.assign(dataset=settings.data.name, n_users=n_users, protocol=protocol)
+            paths.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
+            if name.endswith("curves"):
+                draw(table, name.removesuffix("_curves")).savefig(folder / f"{name}.png", dpi=130)
+                plt.close()
+    return folder, {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+
+
+def draw(curves: pd.DataFrame, by: str) -> Figure:
+    """Learning curves over time, one line a loss or a seed."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    sns.lineplot(curves, x="seconds", y="NDCG@10", hue=by, palette="deep", marker="o", markersize=4, ax=axis)
+    axis.set(ylabel="validation NDCG@10")
+    return figure

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from corec import data, sasrec, sasrec_study
-from corec.params import DataParams, SasrecParams
+from corec.params import DataParams, Params, SasrecParams
 
 SMALL = SasrecParams(hidden=16, heads=2, layers=1, max_length=10, epochs=3, top_k=20, negatives=8)
 
@@ -71,3 +71,18 @@ def test_losses_and_seeds_side_by_side(tables: data.Tables) -> None:
     pd.testing.assert_series_equal(
         table["valid NDCG@10"], curves.groupby("seed")["NDCG@10"].max().rename("valid NDCG@10"), check_index=False
     )
+
+
+def test_what_was_compared_is_kept_and_shown_by_other_runs(tables: data.Tables, tmp_path: Path) -> None:
+    yardsticks = pd.DataFrame({"popularity": {"NDCG@10": 0.1}}).T
+    plain = Params(run="other", sasrec=SMALL)
+    assert sasrec_study.compare(tables, plain, yardsticks, tmp_path)[1] == {}, "nothing asked for, nothing kept"
+    asked = SMALL.model_copy(update={"compare_seconds": 0.01, "compare_seeds": 1})
+    folder, found = sasrec_study.compare(tables, Params(run="retriever-ml-1m", sasrec=asked), yardsticks, tmp_path)
+    assert set(found) == {"losses", "loss_curves", "seeds", "seed_curves", "yardsticks"}
+    assert (found["seeds"]["n_users"] == (tables.windows["split"] == "test").sum()).all()
+    assert {path.suffix for path in folder.iterdir()} == {".csv", ".png"}
+    shown = sasrec_study.compare(tables, plain, yardsticks, tmp_path)[1]
+    pd.testing.assert_frame_equal(shown["losses"], found["losses"])
+    sasrec.save(sasrec.train(tables.interactions, tables.windows, len(tables.items), asked, 0), pd.DataFrame(), tmp_path)
+    assert not list(tmp_path.glob("**/checkpoint*")), "a finished stage keeps no checkpoints"
