@@ -5,6 +5,7 @@ baseline), or a table with ``--table``.
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corec import paths
+from corec import CorecError, paths
 
 REQUIRED = ["title", "description", "brand", "rank", "price"]
 
@@ -80,8 +81,8 @@ settings = params.load(paths.root() / "params" / "ml-100k.yaml")
 own = settings.sasrec.model_copy(update={"fast": sys.argv[1] == "fast"})
 tables = data.prepare(settings.data)
 trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), own, 0)
-row = sasrec_study.test_row(trained, tables, own)
-print(row["seconds_to_95"], row["peak_memory_mb"], row["valid NDCG@10"])
+row = sasrec_study.test_row(trained, tables, settings)
+print(row["seconds_to_95"], trained.curve["peak_memory_mb"].iloc[-1], row["valid NDCG@10"])
 """
 
 
@@ -142,14 +143,25 @@ def seconds(work: Callable[[], object], least: float = 3.0) -> float:
     return min(times)
 
 
+def oracle(name: str) -> Any:
+    """A plain version that lies in the tests.
+
+    Raises
+    ------
+    CorecError
+        When the tests are not there, as in an installed package.
+    """
+    folder = Path(__file__).parents[1] / "tests"
+    if not (folder / f"{name}.py").exists():
+        raise CorecError(f"This comparison needs tests/{name}.py: run it from a checkout of the project.")
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
+
+
 def bench_sasrec() -> Iterator[Figure]:
     """SASRec against a textbook version, and against the bare matrix products of the same shapes, side by side."""
-    import torch
-
     from corec import data, sasrec
     from corec.params import DataParams, SasrecParams
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
     params = SasrecParams(hidden=64, layers=2, heads=2, dropout=0.2, max_length=200, batch_size=128, fast=True)
     tables = data.prepare(DataParams(source="ml-1m"))
@@ -161,20 +173,18 @@ def bench_sasrec() -> Iterator[Figure]:
         cut = [cut[place] for place in rng.permutation(len(cut))[: 8 * params.batch_size * (1 if name == "ml1m" else 4)]]
         lengths = np.array([len(piece) for piece in cut])
         count = int(lengths.sum() - len(cut))
-        groups = sasrec.batches(lengths, params.batch_size, rng)
-        ours = sasrec.SASRec(n_items, params)
-        fast = torch.optim.AdamW(ours.parameters(), lr=1e-3, fused=True)
-        before: list[float] = []
+        taken: list[float] = []
         for level, label in enumerate(LADDER):
-            climb = ladder(level, cut, n_items, params)
-            before.append(seconds(climb))
-            ratio = before[-2] / before[-1] if level else None
-            yield Figure(f"ladder_{name}_{level}", count / before[-1], "interactions/s", label, ratio)
-        ours_s = seconds(lambda: sasrec.train_epoch(ours, fast, cut, params, rng))  # noqa: B023
-        yield Figure(f"train_textbook_{name}", count / before[0], "interactions/s")
-        yield Figure(f"train_vs_textbook_{name}", count / ours_s, "interactions/s", "textbook", before[0] / ours_s)
-        yield Figure(f"padding_{name}_random", 1 - count / (len(cut) * params.max_length), "share")
-        yield Figure(f"padding_{name}_bucketed", sasrec.padding_share(lengths - 1, groups), "share")
+            taken.append(seconds(ladder(level, cut, n_items, params).epoch))
+            before, ratio = (LADDER[level - 1], taken[-2] / taken[-1]) if level else ("", None)
+            yield Figure(f"ladder_{name}_{level}: {label}", count / taken[-1], "interactions/s", before, ratio)
+        yield Figure(f"train_textbook_{name}", count / taken[0], "interactions/s")
+        yield Figure(f"train_vs_textbook_{name}", count / taken[-1], "interactions/s", "textbook", taken[0] / taken[-1])
+        order, size = rng.permutation(len(cut)), params.batch_size
+        random = [order[start : start + size] for start in range(0, len(cut), size)]
+        yield Figure(f"padding_{name}_full", 1 - count / (len(cut) * params.max_length), "share")
+        yield Figure(f"padding_{name}_batch", sasrec.padding_share(lengths - 1, random), "share")
+        yield Figure(f"padding_{name}_bucketed", sasrec.padding_share(lengths - 1, sasrec.batches(lengths, size, rng)), "share")
     yield from bench_encoding(tables, params)
     base, mine = process(TO_95, "plain")[1], process(TO_95, "fast")[1]
     yield Figure("seconds_to_95_ml100k", mine[0], "s", f"fast: false, {base[0]:.1f} s", base[0] / mine[0])
@@ -196,14 +206,22 @@ LADDER = (
 )
 
 
-def ladder(level: int, cut: list[np.ndarray], n_items: int, params: Any) -> Callable[[], None]:
-    """An epoch over the sequences `cut` with the first `level` steps of :data:`LADDER` taken."""
-    import textbook_sasrec as textbook
+class Rung(NamedTuple):
+    """Training with some of the steps taken: the model, its loss on a list of sequences, and an epoch."""
+
+    model: Any
+    loss: Callable[[list[np.ndarray]], Any]
+    epoch: Callable[[], None]
+
+
+def ladder(level: int, cut: list[np.ndarray], n_items: int, params: Any) -> Rung:
+    """Training on the sequences `cut` with the first `level` steps of :data:`LADDER` taken."""
     import torch
     from torch.nn import functional as F
 
     from corec import sasrec
 
+    textbook = oracle("textbook_sasrec")
     rng = np.random.default_rng(0)
     own = params.model_copy(update={"fast": level >= 5, "dtype": "auto" if level >= 8 else "float32"})
     plain, ours = textbook.Textbook(n_items, own), sasrec.SASRec(n_items, own)
@@ -232,7 +250,7 @@ def ladder(level: int, cut: list[np.ndarray], n_items: int, params: Any) -> Call
             value.backward()
             optimizer.step()
 
-    return epoch
+    return Rung(model, loss, epoch)
 
 
 def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
@@ -274,6 +292,7 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
 
         count, sorting = seconds(lambda: sasrec.rank_states(model, encoded, wanted)), seconds(sort)
         yield Figure("full_ranking_6040_users_s", count, "s", f"product and sorting, {sorting:.2f} s", sorting / count)
+        yield Figure("full_ranking_users", len(encoded) / count, "users/s")
         users = list(items)
         positions = [np.arange(1, len(items[user])) for user in users]
         prefixes = torch.randn(sum(map(len, positions)), width)
@@ -307,13 +326,17 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     made = bench_sasrec() if given.command == "sasrec" else bench_data(given.reviews, given.items, not given.no_pandas)
     lines = sys.stdout
-    with redirect_stdout(sys.stderr):  # what the parts print while they run is none of the figures
-        for figure in made:
-            if given.table:
-                ratio = "" if figure.ratio is None else f"{figure.ratio:8.2f} x {figure.baseline}"
-                print(f"{figure.name:28} {figure.value:10.2f} {figure.unit:14} {ratio}", file=lines, flush=True)
-            else:
-                print(json.dumps(figure._asdict()), file=lines, flush=True)
+    try:
+        with redirect_stdout(sys.stderr):  # what the parts print while they run is none of the figures
+            for figure in made:
+                if given.table:
+                    ratio = "" if figure.ratio is None else f"{figure.ratio:8.2f} x {figure.baseline}"
+                    print(f"{figure.name:28} {figure.value:10.2f} {figure.unit:14} {ratio}", file=lines, flush=True)
+                else:
+                    print(json.dumps(figure._asdict()), file=lines, flush=True)
+    except CorecError as error:
+        print(f"corec: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

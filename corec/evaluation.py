@@ -26,7 +26,8 @@ import pandas as pd
 
 from corec import CorecError, controls, paths
 from corec.controls import Pools
-from corec.params import EvaluationParams, Params
+from corec.intervals import by_user, intervals
+from corec.params import Params
 from corec.reranker import standard
 
 COLUMNS = "dataset protocol K n_tokens tau model seed metric k value low high n_users".split()
@@ -118,30 +119,6 @@ def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tupl
             result["chp", k, 0] = met[:, :k].all(axis=2).mean(axis=1)
             result["csr", k, 0] = met[:, :k].mean(axis=(1, 2))
     return result
-
-
-def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Mean of each column of `values` [windows, columns] within each user [users, columns]."""
-    _, place = np.unique(users, return_inverse=True)
-    sums = np.zeros((place.max() + 1, values.shape[1]))
-    np.add.at(sums, place, values)
-    return sums / np.bincount(place)[:, None]
-
-
-def intervals(values: np.ndarray, params: EvaluationParams, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap over users: low and high of each column's mean.
-
-    Parameters
-    ----------
-    values
-        One row a user [users, columns]. The same resamples serve all columns, so differences are paired.
-    """
-    n = len(values)
-    weights = np.random.default_rng([seed, 5]).multinomial(n, np.full(n, 1 / n), size=params.bootstrap) / n
-    means = weights @ values  # [resamples, columns]
-    tail = (1 - params.confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return low, high
 
 
 def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -> pd.DataFrame:

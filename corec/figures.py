@@ -1,10 +1,6 @@
 """Stage 06: Figures 6, 7 and 8 from the results table, and from nothing else."""
 
-import importlib.metadata
 import json
-import platform
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,43 +164,10 @@ def results_page(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> 
     return "\n".join(lines) + "\n"
 
 
-def git_commit() -> str | None:
-    """The checkout's commit, with ``+`` where tracked files differ from it; None outside a repository."""
-    try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        commit, changed = (
-            subprocess.run(["git", "-C", str(paths.root()), *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
-
-
-def manifest(params: Params, of: Sequence[str] = ("data", "sasrec", "controls", "reranker", "evaluation")) -> dict[str, Any]:
-    """What made a run: parameters, versions, commit, and time, peak memory and digests of each of the stages `of`."""
-    found = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
-    wanted = "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors seaborn".split()
-    wanted += ["tokenizers", "torch", "transformers"]
-    stages = {}
-    for stage in of:
-        record = paths.require(params.run, stage)
-        stages[stage] = {name: value for name, value in record.items() if name not in ("stage", "params")}
-    return {
-        "run": params.run,
-        "seed": params.seed,
-        "commit": git_commit(),
-        "params": params.model_dump(mode="json"),
-        "python": platform.python_version(),
-        "packages": {name: found.get(name.lower()) for name in wanted},
-        "stages": stages,
-    }
-
-
 def publish(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> list[Path]:
     """Write everything that stage 06 makes into ``figures/<run>/``; returns the files, the manifest last."""
     folder = paths.figures_dir(params.run)
-    record = manifest(params)
+    record = paths.manifest(params)
     (folder / "manifest.json").unlink(missing_ok=True)
     files = make(table, params.figures.k, folder)
     files += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]

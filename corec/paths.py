@@ -5,13 +5,15 @@ one never finished; it also names the stages it was made from, so that stale inp
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,43 @@ def start(settings: Params, name: str, needs: Iterable[str] = ()) -> Stage:
     stage.folder.mkdir(parents=True, exist_ok=True)
     (stage.folder / "stage.json").unlink(missing_ok=True)
     return stage
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with ``+`` where tracked files differ from it; None outside a repository."""
+    try:
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        commit, changed = (
+            subprocess.run(["git", "-C", str(root()), *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def write_manifest(params: Params, of: Sequence[str]) -> None:
+    """Put the :func:`manifest` of a run that ends before stage 06 into the folder of its figures."""
+    write_text(figures_dir(params.run) / "manifest.json", json.dumps(manifest(params, of), indent=1) + "\n")
+
+
+def manifest(params: Params, of: Sequence[str] = ("data", "sasrec", "controls", "reranker", "evaluation")) -> dict[str, Any]:
+    """What made a run: parameters, versions, commit, and time, peak memory and digests of each of the stages `of`."""
+    found = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
+    wanted = (
+        "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scipy seaborn".split()
+    )
+    wanted += ["tokenizers", "torch", "transformers"]
+    stages = {}
+    for stage in of:
+        record = require(params.run, stage)
+        stages[stage] = {name: value for name, value in record.items() if name not in ("stage", "params")}
+    return {
+        "run": params.run,
+        "seed": params.seed,
+        "commit": git_commit(),
+        "params": params.model_dump(mode="json"),
+        "python": platform.python_version(),
+        "packages": {name: found.get(name.lower()) for name in wanted},
+        "stages": stages,
+    }

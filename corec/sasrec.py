@@ -159,9 +159,10 @@ def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) 
 class FullSoftmax(torch.autograd.Function):
     """Mean cross-entropy against all items, with its gradients, `BLOCK` positions at a time.
 
-    Equal to ``cross_entropy(states @ items.T, targets)``. That would write all scores to memory and read them again
-    several times; here a block of them stays in the cache until its share of both gradients is done. The three
-    products take their factors in `dtype`; sums and exponentials are in float32.
+    What ``cross_entropy(states @ items.T, targets)`` is. That would write all scores to memory and read them again
+    several times; here a block of them stays in the cache (of up to some ten thousand items) until its share of both
+    gradients is done. The three products are made in `dtype`; with bfloat16 scores and gradients are rounded to it, the
+    rest is float32.
     """
 
     @staticmethod
@@ -181,7 +182,10 @@ class FullSoftmax(torch.autograd.Function):
             scores.scatter_add_(1, wanted, torch.full_like(own, -1 / count))
             shares = scores.to(dtype)
             torch.mm(shares, table, out=to_states[part])
-            to_items += shares.T @ rows[part]
+            if dtype == items.dtype:
+                to_items.addmm_(shares.T, rows[part])
+            else:
+                to_items += shares.T @ rows[part]
         ctx.save_for_backward(to_states.to(states.dtype), to_items)
         return total / count
 
@@ -196,7 +200,7 @@ def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
     """Mean loss over every position of right-padded `sequences` [batch, length + 1] that has a next item.
 
     ``ce``: cross-entropy against the full softmax over all items. ``bce``: the original's binary cross-entropy,
-    each true next item against one uniform negative that is not in the user's sequence. ``sampled``: cross-entropy
+    each true next item against one uniform negative that is not in the same row of `sequences`. ``sampled``: cross-entropy
     against `negatives` uniform items, the same for the whole batch. ``gbce``: binary cross-entropy against as
     many, the positive's probability raised to the power beta (Petrov and Macdonald, RecSys 2023), with
     beta = a (t (1 - 1/a) + 1/a), a = negatives / (n_items - 1), t = `gbce_t`.
@@ -214,6 +218,8 @@ def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
         negatives = torch.randint_like(targets, 1, n_items + 1)
         for _ in range(10):  # draw again where a negative is one of the user's own items
             own = (negatives[:, :, None] == sequences[:, None, :]).any(-1)
+            if not own.any():
+                break
             negatives = torch.where(own, torch.randint_like(targets, 1, n_items + 1), negatives)
         pairs = torch.stack([wanted, negatives[real]], -1)  # [positions, 2]
         logits = (model.items(pairs) * states[:, None]).sum(-1)
@@ -326,6 +332,7 @@ class Trained:
     model: SASRec
     curve: pd.DataFrame
     best_epoch: int
+    dtype: str  # of the products with the item table
 
 
 def train(
@@ -342,7 +349,7 @@ def train(
     """Train on the training interactions, keep the epoch with the best validation NDCG@10.
 
     A checkpoint keeps the states of the random generators too, so that a run that was interrupted and resumed gives
-    bitwise the parameters of one that was not.
+    bitwise the parameters of one that was not (on a CPU; a GPU adds up gradients in any order).
 
     Parameters
     ----------
@@ -351,7 +358,7 @@ def train(
     report
         Epochs between two printed lines (a line is printed every 20 s in any case).
     folder
-        Where a checkpoint is kept after every epoch; without one none is.
+        Where a checkpoint is kept after every epoch, made if need be; without one none is kept.
     stop_after
         Stop after so many epochs, as if interrupted.
     max_seconds
@@ -367,6 +374,8 @@ def train(
     CorecError
         When the loss is no longer a number.
     """
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     sequences = list(items_by_user(interactions[interactions["split"] == "train"]).values())
     valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
@@ -377,15 +386,19 @@ def train(
     )
     checkpoint, shown = folder / f"checkpoint-{params.loss}-{seed}.pt" if folder else None, time.monotonic()
     rng = np.random.default_rng(seed)
-    state: dict[str, Any] = {"identity": paths.digest([params.model_dump(), seed, n_items, [len(items) for items in sequences]])}
-    state |= {"curve": [], "best": -1.0, "best_epoch": 0, "best_state": {}}
-    state["dtype"] = str(machine.resolve_dtype(params.dtype)).removeprefix("torch.")
+    own = params.model_dump(exclude={"top_k", "compare_seconds", "compare_seeds"})
+    state: dict[str, Any] = {"identity": paths.digest([own, seed, n_items, [items.tolist() for items in sequences]])}
+    state |= {"curve": [], "best": -1.0, "best_epoch": 0, "best_state": {}, "dtype": "float32"}
+    if params.fast and params.loss == "ce":
+        state["dtype"] = str(machine.resolve_dtype(params.dtype)).removeprefix("torch.")
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["identity"] == state["identity"]:
             model.load_state_dict(saved.pop("model"))
             optimizer.load_state_dict(saved.pop("optimizer"))
             torch.set_rng_state(saved.pop("torch").cpu())
+            for number, numbers in enumerate(saved.pop("cuda")):
+                torch.cuda.set_rng_state(numbers.cpu(), number)
             rng.bit_generator.state = json.loads(saved.pop("numpy"))
             state = saved
             print(f"resumed after epoch {len(state['curve'])}", flush=True)
@@ -413,10 +426,11 @@ def train(
         if checkpoint:
             part = checkpoint.with_suffix(".part")
             random = {"torch": torch.get_rng_state(), "numpy": json.dumps(rng.bit_generator.state)}
+            random["cuda"] = torch.cuda.get_rng_state_all() if device == "cuda" else []
             torch.save(state | random | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, part)
             part.replace(checkpoint)
     model.load_state_dict(state["best_state"])
-    return Trained(model, pd.DataFrame(state["curve"]), state["best_epoch"])
+    return Trained(model, pd.DataFrame(state["curve"]), state["best_epoch"], state["dtype"])
 
 
 def train_epoch(

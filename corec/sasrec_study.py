@@ -1,8 +1,10 @@
-"""What the retriever is worth: against rankers that learn nothing, by loss at equal time, and by seed.
+"""What the retriever is worth: against two simple rankers, by loss at equal time, and by seed.
 
-Everything here is leave-one-out with full ranking, the epoch chosen by validation NDCG@10, and the test looked at once.
+Ranking is full (all items that the user has not seen), the epoch is chosen by validation NDCG@10, and nothing is chosen by
+the test windows.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,34 +13,51 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from scipy import sparse, stats
+from scipy import sparse
+from torch import Tensor
 
 from corec import paths, sasrec
 from corec.data import Tables
-from corec.params import Params, SasrecParams
+from corec.intervals import by_user, intervals
+from corec.params import Params
 from corec.sasrec import Queries
 
 LOSSES = ("ce", "sampled", "gbce", "bce")
-NEIGHBOURS = (10, 20, 50, 100, 200, 500)
+NEIGHBOURS = (500, 200, 100, 50, 20, 10)
+TABLES = ("losses", "loss_curves", "seeds", "seed_curves", "yardsticks")
+
+
+def windows_of(tables: Tables, split: str) -> pd.DataFrame:
+    """The windows of a split."""
+    return tables.windows[tables.windows["split"] == split]
+
+
+def ranks_by(scores: Callable[[Queries], Tensor], wanted: Queries, batch: int = 1024) -> np.ndarray:
+    """Rank of each target [queries] by `scores`, which makes [queries, n_items + 1] of some queries."""
+    starts = range(0, len(wanted.targets), batch)
+    return np.concatenate([sasrec.rank_scores(scores(part), part) for part in (wanted.part(start, batch) for start in starts)])
 
 
 def popularity_ranks(tables: Tables, wanted: Queries) -> np.ndarray:
     """Rank of each target [queries] when everybody gets the most popular items that they have not seen."""
     counts = torch.tensor([0, *tables.items["train_count"]], dtype=torch.float32)
-    return sasrec.rank_scores(counts.expand(len(wanted.targets), -1).clone(), wanted)
+    return ranks_by(lambda part: counts.expand(len(part.targets), -1).clone(), wanted)
 
 
-def similarities(tables: Tables, neighbours: int) -> sparse.csr_array:
-    """Cosine similarity of the items' training columns (users by items, 0 or 1) [n_items + 1, n_items + 1].
-
-    Each row keeps its `neighbours` largest entries (and those equal to the last of them); none is similar to itself.
-    """
+def similarities(tables: Tables) -> sparse.csr_array:
+    """Cosine similarity of the items' training columns (users by items, 0 or 1) [n_items + 1, n_items + 1], 0 to itself."""
     train = tables.interactions[tables.interactions["split"] == "train"].drop_duplicates(["user", "item"])
     shape = (int(tables.interactions["user"].max()) + 1, len(tables.items) + 1)
     seen = sparse.csr_array((np.ones(len(train), dtype=np.float32), (train["user"], train["item"])), shape=shape)
     seen.data /= np.sqrt(seen.sum(axis=0))[seen.indices]
     similar = (seen.T @ seen).tocsr()
     similar.setdiag(0)
+    return similar
+
+
+def nearest(similar: sparse.csr_array, neighbours: int) -> sparse.csr_array:
+    """`similar` with only the `neighbours` largest entries of each row (and those equal to the last of them)."""
+    similar = similar.copy()
     for start, end in zip(similar.indptr[:-1], similar.indptr[1:], strict=True):
         row = similar.data[start:end]
         if len(row) > neighbours:
@@ -47,37 +66,60 @@ def similarities(tables: Tables, neighbours: int) -> sparse.csr_array:
     return similar
 
 
-def knn_ranks(tables: Tables, wanted: Queries, neighbours: int, batch: int = 1024) -> np.ndarray:
+def knn_ranks(similar: sparse.csr_array, wanted: Queries) -> np.ndarray:
     """Rank of each target [queries] by item-kNN: the summed similarity to all that the user has seen.
 
     Deshpande and Karypis, *Item-based top-N recommendation algorithms*, ACM TOIS 22(1), 2004.
     """
-    similar, ranks = similarities(tables, neighbours), []
-    for start in range(0, len(wanted.targets), batch):
-        part = wanted.part(start, batch)
+
+    def scores(part: Queries) -> Tensor:
         users = np.repeat(np.arange(len(part.seen)), [len(items) for items in part.seen])
-        history = sparse.csr_array((np.ones(len(users), dtype=np.float32), (users, np.concatenate(part.seen))))
-        history.resize(len(part.seen), similar.shape[0])
-        ranks.append(sasrec.rank_scores(torch.from_numpy((history @ similar).toarray()), part))
-    return np.concatenate(ranks)
+        cells = (users, np.concatenate(part.seen))
+        history = sparse.csr_array((np.ones(len(users), np.float32), cells), shape=(len(part.seen), similar.shape[0]))
+        return torch.from_numpy((history @ similar).toarray())
+
+    return ranks_by(scores, wanted)
 
 
-def best_neighbours(tables: Tables, max_length: int) -> int:
-    """The number of neighbours with the best validation NDCG@10."""
-    wanted = sasrec.queries(tables.interactions, tables.windows.query("split == 'valid'"), max_length)
-    return max(NEIGHBOURS, key=lambda n: sasrec.ranking_metrics(knn_ranks(tables, wanted, n))["NDCG@10"])
+def best_knn(tables: Tables, max_length: int) -> tuple[int, sparse.csr_array]:
+    """The number of neighbours with the best validation NDCG@10, and the similarities to so many."""
+    wanted = sasrec.queries(tables.interactions, windows_of(tables, "valid"), max_length)
+    similar, best = similarities(tables), (-1.0, 0, sparse.csr_array((1, 1)))
+    for neighbours in NEIGHBOURS:  # ever fewer, so each is cut out of the one before
+        similar = nearest(similar, neighbours)
+        value = sasrec.ranking_metrics(knn_ranks(similar, wanted))["NDCG@10"]
+        best = max(best, (value, neighbours, similar), key=lambda entry: entry[0])
+    return best[1], best[2]
 
 
-def intervals(ranks: np.ndarray, confidence: float = 0.95) -> dict[str, float]:
-    """HR@10 and NDCG@10 of `ranks` [queries] with percentile intervals of 1,000 bootstrap resamples of the queries."""
-    hits, result = ranks <= 10, dict[str, float]()
-    for name, gains in (("HR@10", hits.astype(float)), ("NDCG@10", hits / np.log2(ranks + 1))):
-        drawn = stats.bootstrap(
-            (gains,), np.mean, n_resamples=1000, confidence_level=confidence, method="percentile", rng=0, batch=100
-        )
-        low, high = drawn.confidence_interval
-        result |= {name: float(gains.mean()), f"{name} low": float(low), f"{name} high": float(high)}
-    return result
+def judge(ranks: Mapping[str, np.ndarray], users: np.ndarray, settings: Params) -> pd.DataFrame:
+    """HR@10 and NDCG@10 of rankers, and how far each is behind the last one in NDCG@10, with intervals.
+
+    Parameters
+    ----------
+    ranks
+        By ranker: rank of each target [windows].
+    users
+        Whose window it is [windows]. Windows are averaged within a user; intervals are a bootstrap over users,
+        the same resamples for all, so that differences are paired.
+
+    Returns
+    -------
+    One row a ranker; every figure has two more columns, `low` and `high`.
+    """
+    columns = [[hit, hit / np.log2(rank + 1)] for rank in ranks.values() for hit in [rank <= 10]]
+    values = by_user(np.stack([value for pair in columns for value in pair], axis=1).astype(float), users)
+    values = np.concatenate([values, values[:, -1:] - values[:, 1::2]], axis=1)  # [users, 3 rankers]
+    low, high = intervals(values, settings.evaluation, settings.seed)
+    rows = {}
+    for place, name in enumerate(ranks):
+        cells = {"HR@10": 2 * place, "NDCG@10": 2 * place + 1, "behind": 2 * len(ranks) + place}
+        rows[name] = {
+            f"{figure}{end}": of[column]
+            for figure, column in cells.items()
+            for end, of in (("", values.mean(0)), (" low", low), (" high", high))
+        }
+    return pd.DataFrame(rows).T
 
 
 def sampled_ranks(ranks: np.ndarray, wanted: Queries, n_items: int, negatives: int, seed: int) -> np.ndarray:
@@ -90,99 +132,104 @@ def sampled_ranks(ranks: np.ndarray, wanted: Queries, n_items: int, negatives: i
     return 1 + np.random.default_rng(seed).hypergeometric(ranks - 1, others - (ranks - 1), np.minimum(negatives, others))
 
 
-def test_row(trained: sasrec.Trained, tables: Tables, params: SasrecParams) -> dict[str, float]:
+def test_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[str, float]:
     """How a training went: its time, its validation and its test figures.
 
-    ``seconds_to_95`` and ``peak_memory_mb``: when 95 % of the best validation NDCG@10 was first reached, and the peak of the
-    process by then.
+    ``seconds_to_95``: when 95 % of the best validation NDCG@10 was first reached.
     """
-    wanted = sasrec.queries(tables.interactions, tables.windows.query("split == 'test'"), params.max_length)
-    valid = trained.curve.set_index("epoch")
-    best = valid.loc[trained.best_epoch]
-    near = valid[valid["NDCG@10"] >= 0.95 * best["NDCG@10"]].iloc[0]
+    windows = windows_of(tables, "test")
+    wanted = sasrec.queries(tables.interactions, windows, settings.sasrec.max_length)
+    ranks = sasrec.rank_targets(trained.model, wanted)
+    curve = trained.curve.set_index("epoch")
+    best = curve.loc[trained.best_epoch]
+    judged = judge({"sasrec": ranks}, windows["user"].to_numpy(), settings).loc["sasrec"]
     return {
-        "epochs": len(valid),
+        "epochs": len(curve),
         "best_epoch": trained.best_epoch,
-        "seconds": valid["seconds"].iloc[-1],
-        "seconds_to_95": near["seconds"],
-        "peak_memory_mb": near["peak_memory_mb"],
+        "seconds": curve["seconds"].iloc[-1],
+        "seconds_to_95": curve.loc[curve["NDCG@10"] >= 0.95 * best["NDCG@10"], "seconds"].iloc[0],
         "valid HR@10": best["HR@10"],
         "valid NDCG@10": best["NDCG@10"],
-        **intervals(sasrec.rank_targets(trained.model, wanted)),
+        **judged[[name for name in judged.index if not name.startswith("behind")]],
+        "dtype": trained.dtype,
     }
 
 
-def by_loss(tables: Tables, params: SasrecParams, seed: int, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The four losses, `compare_seconds` of training each, everything else as in `params` but a constant learning rate.
+def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The four losses, `compare_seconds` of training each, all else equal: the run's learning rate, constant.
 
     Returns
     -------
     One row a loss (see :func:`test_row`), and their learning curves.
     """
-    rows, curves = [], []
+    rows, curves, budget = [], [], settings.sasrec.compare_seconds
     for name in LOSSES:
-        print(f"loss {name}: {params.compare_seconds:.0f} s", flush=True)
-        own = params.model_copy(update={"loss": name, "decay": False})
+        print(f"loss {name}: {budget:.0f} s", flush=True)
+        never = 1_000_000  # epochs: the time alone ends the training
+        own = settings.sasrec.model_copy(update={"loss": name, "decay": False, "epochs": never, "patience": never})
         trained = sasrec.train(
-            tables.interactions, tables.windows, len(tables.items), own, seed, folder=folder, max_seconds=params.compare_seconds
+            tables.interactions, tables.windows, len(tables.items), own, settings.seed, folder=folder, max_seconds=budget
         )
-        rows.append({"loss": name, **test_row(trained, tables, own)})
-        curves.append(trained.curve.rename(columns={"loss": "value"}).assign(loss=name))
+        rows.append({"loss": name, **test_row(trained, tables, settings)})
+        curves.append(trained.curve.rename(columns={"loss": "train_loss"}).assign(loss=name))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 
 
-def by_seed(tables: Tables, params: SasrecParams, seed: int, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`compare_seeds` trainings that differ in nothing but the seed: `seed` and the next ones.
+def by_seed(tables: Tables, settings: Params, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`compare_seeds` trainings that differ in nothing but the seed: the run's and the next ones.
 
     Returns
     -------
     One row a seed (see :func:`test_row`), and their learning curves.
     """
     rows, curves = [], []
-    for own in range(seed, seed + params.compare_seeds):
-        print(f"seed {own}", flush=True)
-        trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), params, own, folder=folder)
-        rows.append({"seed": own, **test_row(trained, tables, params)})
-        curves.append(trained.curve.assign(seed=own))
+    for seed in range(settings.seed, settings.seed + settings.sasrec.compare_seeds):
+        print(f"seed {seed}", flush=True)
+        trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), settings.sasrec, seed, folder=folder)
+        rows.append({"seed": seed, **test_row(trained, tables, settings)})
+        curves.append(trained.curve.rename(columns={"loss": "train_loss"}).assign(seed=seed))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 
 
-def compare(tables: Tables, settings: Params, yardsticks: pd.DataFrame, stage: Path) -> tuple[Path, dict[str, pd.DataFrame]]:
+def compare(tables: Tables, settings: Params, yardsticks: pd.DataFrame, stage: Path) -> tuple[bool, dict[str, pd.DataFrame]]:
     """What the parameters ask for, kept in ``figures/<run>/``; else what ``params/retriever-ml-1m.yaml`` has left there.
 
     Parameters
     ----------
     yardsticks
-        :func:`intervals` of other rankers on the same test, one row each, kept beside the rest.
+        Of :func:`judge`, kept beside the rest.
     stage
         Folder for checkpoints.
 
     Returns
     -------
-    The folder, and the tables found in it: ``losses loss_curves seeds seed_curves yardsticks``.
+    Whether anything was made, and by name those of :data:`TABLES` that there are, each with its protocol.
     """
     own, made = settings.sasrec, {}
     if own.compare_seeds:
-        made["seeds"], made["seed_curves"] = by_seed(tables, own, settings.seed, stage)
+        made["seeds"], made["seed_curves"] = by_seed(tables, settings, stage)
     if own.compare_seconds:
-        made["losses"], made["loss_curves"] = by_loss(tables, own, settings.seed, stage / "losses")
+        made["losses"], made["loss_curves"] = by_loss(tables, settings, stage / "losses")
     folder = paths.figures_dir(settings.run if made else "retriever-ml-1m")
     if made:
         made["yardsticks"] = yardsticks.rename_axis("ranker").reset_index()
-        n_users = int((tables.windows["split"] == "test").sum())
-        protocol = "leave-one-out, all unseen items, epoch by validation NDCG@10"
+        users = windows_of(tables, "test")["user"].nunique()
+        protocol = f"{settings.data.protocol}, all unseen items, epoch by validation NDCG@10"
+        for name in TABLES:
+            for kind in ("csv", "png"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
         for name, table in made.items():
-            table = table.assign(dataset=settings.data.name, n_users=n_users, protocol=protocol)
+            table = table.assign(dataset=settings.data.name, protocol=protocol, n_users=users)
             paths.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
             if name.endswith("curves"):
                 draw(table, name.removesuffix("_curves")).savefig(folder / f"{name}.png", dpi=130)
                 plt.close()
-    return folder, {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    return bool(made), {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv")) if path.stem in TABLES}
 
 
 def draw(curves: pd.DataFrame, by: str) -> Figure:
     """Learning curves over time, one line a loss or a seed."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     sns.lineplot(curves, x="seconds", y="NDCG@10", hue=by, palette="deep", marker="o", markersize=4, ax=axis)
-    axis.set(ylabel="validation NDCG@10")
+    axis.set(ylabel="validation NDCG@10", title=f"{curves['dataset'].iloc[0]}, {curves['n_users'].iloc[0]} users")
     return figure

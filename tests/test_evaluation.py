@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from corec import controls, evaluation
+from corec import controls, evaluation, intervals
 from corec.evaluation import Judged
 from corec.params import ControlsParams, EvaluationParams, Params
 
@@ -118,10 +118,10 @@ def test_alpha_prefers_the_retriever_unless_the_model_is_better(judged: Judged) 
 
 
 def test_users_weigh_alike_and_intervals_are_those_of_a_bootstrap() -> None:
-    values = evaluation.by_user(np.array([[0.0], [1.0], [5.0]]), np.array([7, 7, 3]))
+    values = intervals.by_user(np.array([[0.0], [1.0], [5.0]]), np.array([7, 7, 3]))
     np.testing.assert_allclose(values, [[5.0], [0.5]])
     sample = RNG.normal(size=(400, 1))
-    low, high = evaluation.intervals(sample, EvaluationParams(bootstrap=4000), seed=0)
+    low, high = intervals.intervals(sample, EvaluationParams(bootstrap=4000), seed=0)
     error = sample.std() / 20
     np.testing.assert_allclose([low[0], high[0]], sample.mean() + np.array([-1.96, 1.96]) * error, atol=0.15 * error)
 

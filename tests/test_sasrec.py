@@ -6,7 +6,7 @@ import pytest
 import textbook_sasrec as textbook
 import torch
 
-from corec import CorecError, data, sasrec
+from corec import CorecError, bench, data, sasrec
 from corec.params import DataParams, SasrecParams
 
 SMALL = SasrecParams(hidden=16, heads=2, layers=1, max_length=10, epochs=3, patience=3, top_k=20, dropout=0.0)
@@ -251,3 +251,24 @@ def test_resuming_gives_bitwise_the_same_parameters(tables: data.Tables, tmp_pat
         assert torch.equal(value, again.model.state_dict()[name])
     other = sasrec.train(tables.interactions, tables.windows, len(tables.items), params, seed=2, folder=tmp_path)
     assert len(other.curve) >= 3 and other.curve["loss"][0] != whole.curve["loss"][0], "another seed does not resume"
+
+
+def test_every_step_of_the_ladder_trains_the_same_function() -> None:
+    rng = np.random.default_rng(0)
+    params = SMALL.model_copy(update={"fast": True, "batch_size": 8})
+    cut = [rng.integers(1, 51, length) for length in rng.integers(2, 12, 40)]
+    rungs = [bench.ladder(level, cut, 50, params) for level in range(len(bench.LADDER))]
+    start = {name: value.clone() for name, value in rungs[0].model.state_dict().items()}
+    wanted = rungs[0].loss(cut).item()
+    for rung in rungs:
+        rung.model.load_state_dict(start)
+        value = rung.loss(cut)
+        assert value.item() == pytest.approx(wanted, rel=5e-3)
+        rung.epoch()
+        assert rung.loss(cut).item() < value.item()
+
+
+def test_a_bench_without_its_oracle_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "corec" / "bench.py"))
+    with pytest.raises(CorecError, match="needs tests/textbook_sasrec.py: run it from a checkout"):
+        bench.oracle("textbook_sasrec")

@@ -15,6 +15,10 @@ def tables(atomic: Path) -> data.Tables:
     return data.prepare(DataParams(path=str(atomic), core=1))
 
 
+def settings(**changes: object) -> Params:
+    return Params(run="retriever-ml-1m", sasrec=SMALL.model_copy(update=changes))
+
+
 def test_popularity_and_knn_are_the_plain_loops(tables: data.Tables) -> None:
     n_items = len(tables.items)
     train = tables.interactions.query("split == 'train'")
@@ -28,23 +32,39 @@ def test_popularity_and_knn_are_the_plain_loops(tables: data.Tables) -> None:
                 similar[one, other] = len(have[one] & have[other]) / np.sqrt(len(have[one]) * len(have[other]))
         near = similar[one]
         near[near < (1 - 1e-6) * np.sort(near)[-5]] = 0
-    np.testing.assert_allclose(sasrec_study.similarities(tables, 5).toarray(), similar, rtol=1e-5)
-    popular, knn = sasrec_study.popularity_ranks(tables, wanted), sasrec_study.knn_ranks(tables, wanted, 5, batch=7)
+    ours = sasrec_study.nearest(sasrec_study.nearest(sasrec_study.similarities(tables), 9), 5)
+    np.testing.assert_allclose(ours.toarray(), similar, rtol=1e-5)
+    popular, knn = sasrec_study.popularity_ranks(tables, wanted), sasrec_study.knn_ranks(ours, wanted)
     counts = train["item"].value_counts().reindex(range(n_items + 1), fill_value=0).to_numpy()
     for query, (target, seen) in enumerate(zip(wanted.targets, wanted.seen, strict=True)):
         unseen = [item for item in range(1, n_items + 1) if item not in seen]
         assert popular[query] == sum(counts[item] >= counts[target] for item in unseen)
         scores = similar[seen].sum(0)
-        assert knn[query] == sum(scores[item] >= scores[target] - 1e-6 for item in unseen)
+        assert sum(scores[item] > scores[target] + 1e-5 for item in unseen) < knn[query]
+        assert knn[query] <= sum(scores[item] > scores[target] - 1e-5 for item in unseen)
 
 
-def test_intervals_hold_the_mean_and_narrow() -> None:
+def test_neighbours_are_chosen_without_the_test_set(tables: data.Tables) -> None:
+    number, similar = sasrec_study.best_knn(tables, 10)
+    changed = tables._replace(windows=tables.windows.copy(), interactions=tables.interactions.copy())
+    changed.windows.loc[changed.windows["split"] == "test", "target"] = 1
+    changed.interactions.loc[changed.interactions["split"] == "test", "item"] = 1
+    again, same = sasrec_study.best_knn(changed, 10)
+    assert number == again and number in sasrec_study.NEIGHBOURS and (similar != same).nnz == 0
+
+
+def test_rankers_are_judged_by_user_and_in_pairs() -> None:
     rng = np.random.default_rng(0)
-    few, many = (sasrec_study.intervals(rng.integers(1, 40, size)) for size in (100, 10_000))
-    for result in (few, many):
-        assert result["HR@10 low"] < result["HR@10"] < result["HR@10 high"]
-    assert many["HR@10"] == pytest.approx(10 / 39, abs=0.02)
-    assert many["NDCG@10 high"] - many["NDCG@10 low"] < 0.2 * (few["NDCG@10 high"] - few["NDCG@10 low"])
+    users, good = np.repeat(np.arange(300), 2), rng.integers(1, 40, 600)
+    table = sasrec_study.judge({"worse": good + 2, "same": good, "good": good}, users, settings())
+    assert table.loc["good", "HR@10"] == pytest.approx((good <= 10).mean())
+    assert table.loc["good", "HR@10 low"] < table.loc["good", "HR@10"] < table.loc["good", "HR@10 high"]
+    assert (table.loc["same", ["behind", "behind low", "behind high"]] == 0).all()
+    assert table.loc["worse", "behind"] == pytest.approx(table.loc["good", "NDCG@10"] - table.loc["worse", "NDCG@10"])
+    assert table.loc["worse", "behind low"] > 0, "a paired difference is surer than two intervals side by side"
+    one = sasrec_study.judge({"good": np.tile(good[::2], 2)}, np.tile(np.arange(300), 2), settings())
+    twice = sasrec_study.judge({"good": good[::2]}, np.arange(300), settings())
+    pd.testing.assert_frame_equal(one, twice)
 
 
 def test_sampled_ranks_are_those_of_really_drawn_items() -> None:
@@ -60,29 +80,32 @@ def test_sampled_ranks_are_those_of_really_drawn_items() -> None:
     assert sasrec_study.sampled_ranks(np.array([3]), few, n_items, 100, 0) == [3], "fewer others than negatives: all of them"
 
 
-def test_losses_and_seeds_side_by_side(tables: data.Tables) -> None:
-    params = SMALL.model_copy(update={"compare_seconds": 0.01, "compare_seeds": 2, "decay": True})
-    table, curves = sasrec_study.by_loss(tables, params, seed=0)
-    assert table["loss"].tolist() == list(sasrec_study.LOSSES) and (table["epochs"] == 1).all()
+def test_losses_at_equal_time_and_seeds_side_by_side(tables: data.Tables, tmp_path: Path) -> None:
+    table, curves = sasrec_study.by_loss(tables, settings(compare_seconds=0.5, patience=1), tmp_path / "new")
+    assert table["loss"].tolist() == list(sasrec_study.LOSSES)
+    assert (table["epochs"] > SMALL.epochs).all() and table["seconds"].between(0.2, 1).all(), "the time ends it, not the epochs"
     assert set(curves["loss"]) == set(sasrec_study.LOSSES)
-    table, curves = sasrec_study.by_seed(tables, params, seed=3)
-    assert table["seed"].tolist() == [3, 4] and table["NDCG@10"].nunique() == 2
+    table, curves = sasrec_study.by_seed(tables, settings(compare_seeds=2, decay=True))
+    assert table["seed"].tolist() == [0, 1] and table["valid NDCG@10"].nunique() == 2
     assert (table["seconds_to_95"] <= table["seconds"]).all() and len(curves) == 6
-    pd.testing.assert_series_equal(
-        table["valid NDCG@10"], curves.groupby("seed")["NDCG@10"].max().rename("valid NDCG@10"), check_index=False
-    )
+    best = curves.groupby("seed")["NDCG@10"].max()
+    np.testing.assert_allclose(table["valid NDCG@10"], best)
 
 
 def test_what_was_compared_is_kept_and_shown_by_other_runs(tables: data.Tables, tmp_path: Path) -> None:
     yardsticks = pd.DataFrame({"popularity": {"NDCG@10": 0.1}}).T
     plain = Params(run="other", sasrec=SMALL)
-    assert sasrec_study.compare(tables, plain, yardsticks, tmp_path)[1] == {}, "nothing asked for, nothing kept"
-    asked = SMALL.model_copy(update={"compare_seconds": 0.01, "compare_seeds": 1})
-    folder, found = sasrec_study.compare(tables, Params(run="retriever-ml-1m", sasrec=asked), yardsticks, tmp_path)
-    assert set(found) == {"losses", "loss_curves", "seeds", "seed_curves", "yardsticks"}
+    assert sasrec_study.compare(tables, plain, yardsticks, tmp_path) == (False, {}), "nothing asked for, nothing kept"
+    asked = settings(compare_seconds=0.01, compare_seeds=1)
+    made, found = sasrec_study.compare(tables, asked, yardsticks, tmp_path / "stage")
+    assert made and set(found) == set(sasrec_study.TABLES)
     assert (found["seeds"]["n_users"] == (tables.windows["split"] == "test").sum()).all()
-    assert {path.suffix for path in folder.iterdir()} == {".csv", ".png"}
-    shown = sasrec_study.compare(tables, plain, yardsticks, tmp_path)[1]
+    assert found["losses"]["protocol"].str.contains("leave-one-out, all unseen items").all()
+    made, shown = sasrec_study.compare(tables, plain, yardsticks, tmp_path)
+    assert not made
     pd.testing.assert_frame_equal(shown["losses"], found["losses"])
-    sasrec.save(sasrec.train(tables.interactions, tables.windows, len(tables.items), asked, 0), pd.DataFrame(), tmp_path)
+    fewer = sasrec_study.compare(tables, settings(compare_seeds=1), yardsticks, tmp_path / "stage")[1]
+    assert set(fewer) == {"seeds", "seed_curves", "yardsticks"}, "no table of an earlier comparison is left"
+    trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), SMALL, 0, folder=tmp_path / "stage")
+    sasrec.save(trained, pd.DataFrame(), tmp_path / "stage")
     assert not list(tmp_path.glob("**/checkpoint*")), "a finished stage keeps no checkpoints"
