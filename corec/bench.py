@@ -321,10 +321,16 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--items", type=int, default=200_000)
     data.add_argument("--no-pandas", action="store_true", help="leave out the comparison with pandas, which needs 10 GB")
     sasrec = commands.add_parser("sasrec", help="the retriever against a textbook version and bare matrix products")
-    for command in (data, sasrec):
+    engine = commands.add_parser("engine", help="the re-ranker's engine against one request at a time")
+    for command in (data, sasrec, engine):
         command.add_argument("--table", action="store_true", help="a table for people instead of JSON lines")
     given = parser.parse_args(arguments)
-    made = bench_sasrec() if given.command == "sasrec" else bench_data(given.reviews, given.items, not given.no_pandas)
+    if given.command == "engine":
+        from corec.bench_engine import bench_engine
+
+        made = bench_engine()
+    else:
+        made = bench_sasrec() if given.command == "sasrec" else bench_data(given.reviews, given.items, not given.no_pandas)
     lines = sys.stdout
     try:
         with redirect_stdout(sys.stderr):  # what the parts print while they run is none of the figures

@@ -181,6 +181,7 @@ class Batch(NamedTuple):
     ids: Tensor  # [batch, L]
     positions: Tensor  # [batch, L]
     mask: Tensor  # [batch, 1, L, L], True where the row may see the column
+    real: Tensor  # [batch, L], False for padding
     candidates: Tensor  # [batch, K, L] weights that pool states to candidates
     requests: Tensor  # [batch, R, L] weights that pool states to requests
     answers: Tensor  # [batch, R] place of the last token of each suffix
@@ -218,7 +219,7 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
     mask = mask & (whose >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
     mask = mask | torch.eye(size, dtype=torch.bool)
     arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers)]
-    arrays.insert(2, mask[:, None])
+    arrays[2:2] = [mask[:, None], whose >= 0]
     return Batch(*(values.to(device) for values in arrays))
 
 
@@ -277,30 +278,63 @@ class Reranker:
     head: Head
     prompter: Prompter
     params: RerankerParams
+    packs: bool = True  # the architecture lets requests share a prefix (see :func:`can_pack`)
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return next(self.model.parameters()).device
 
+    @property
+    def causal(self) -> Any:
+        """The causal LM, its adapter in place, without peft's wrapping."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., hidden] of `ids` [...], with the trained rows of the new tokens.
+
+        peft would write those rows into a copy of the whole table in every pass, and differentiate by all of it.
+        """
+        layer = self.causal.get_input_embeddings()
+        trained = getattr(layer, "token_adapter", None)
+        if trained is None or trained.merged:
+            return layer(ids)
+        table, rows = trained.get_base_layer(), trained.trainable_tokens_delta["default"]  # [new tokens, hidden]
+        place = ids - trained.token_indices["default"][0]
+        new = F.embedding(place.clamp(min=0), rows) * getattr(table, "embed_scale", 1.0)
+        return torch.where((place >= 0)[..., None], new.to(table.weight.dtype), table(ids))
+
+    def states(self, ids: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
+        """States [batch, L, hidden] of those layers that the read-out takes; a given `cache` is read and added to."""
+        mixed = self.params.readout != "index" and self.params.layers == "mix"
+        output = self.causal.base_model(
+            inputs_embeds=self.embed(ids),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=mixed,
+        )
+        return output.hidden_states if mixed else (output.last_hidden_state,)
+
+    def index_logits(self, states: Tensor, k: int) -> Tensor:
+        """Logits [..., k] of the first `k` candidates' index tokens at `states` [..., hidden], and of nothing else."""
+        layer = self.causal.get_output_embeddings()
+        wanted = torch.tensor(self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(k)]), device=states.device)
+        trained = getattr(layer, "token_adapter", None)
+        if trained is None or trained.merged:
+            rows = layer.weight[wanted]
+        else:
+            rows = trained.trainable_tokens_delta["default"][wanted - trained.token_indices["default"][0]]
+        return (states @ rows.T.to(states.dtype)).float()
+
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
         batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
-        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        mixed = self.params.readout != "index" and self.params.layers == "mix"
-        output = causal.base_model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            attention_mask=batch.mask,
-            use_cache=False,
-            output_hidden_states=mixed,
-        )
-        states = output.last_hidden_state  # [rows, L, hidden]
+        layers = self.states(batch.ids, batch.positions, batch.mask) if self.packs else self.states(batch.ids, None, batch.real)
         if self.params.readout == "index":
-            last = states[torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
-            wanted = self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(len(rows[0].spans))])
-            return causal.get_output_embeddings()(last)[..., wanted].float()
-        layers = output.hidden_states if mixed else (states,)
+            last = layers[-1][torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
+            return self.index_logits(last, len(rows[0].spans))
         return self.head(*(self.head.pool(weights, layers) for weights in (batch.candidates, batch.requests)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -332,6 +366,10 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
     """
     torch.manual_seed(seed)
     model, tokenizer = backbones.load(params.backbone, machine.resolve_dtype(params.dtype))
+    if not (packs := can_pack(model)):
+        warnings.warn(
+            f"{type(model).__name__} cannot share a prefix among requests: each request is computed by itself.", stacklevel=2
+        )
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
     if adapted:
         model = adapt(model, added, params)
@@ -339,7 +377,27 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params)
+    return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params, packs)
+
+
+@torch.inference_mode()
+def can_pack(model: Any) -> bool:
+    """Whether two requests behind one prefix get, in one row of `model`, the states that each gets alone.
+
+    It takes an architecture whose attention obeys a mask of rows by columns and counts positions as it is told: not one
+    with recurrent layers, with a sliding window, or with positions of its own (ALiBi). Tried on a dozen tokens.
+    """
+    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    row = Row([5, 6, 7, 8, 9], [(0, 5)], [[10, 11, 12], [13, 14]])
+    batch = collate([row], 0, "end", next(model.parameters()).device)
+    alone = torch.tensor([row.prefix + row.suffixes[1]], device=batch.ids.device)
+    try:
+        packed = model.base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    one = model.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -2:].float()
+    return bool((packed.last_hidden_state[0, -2:].float() - one).norm() < 0.02 * one.norm())
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
@@ -401,12 +459,14 @@ def make_rows(
 
     Returns
     -------
-    One row a window (`after`), or one a window and request, a window's requests together (`before`).
+    One row a window (`after`), or one a window and request, a window's requests together (`before`, or where the
+    architecture cannot share a prefix).
     """
     rows = []
     for i, window in enumerate(pools.window):
         given = [request[i] for request in requests]
-        groups = [given] if reranker.params.request_position == "after" else [[request] for request in given]
+        shared = reranker.packs and reranker.params.request_position == "after"
+        groups = [given] if shared else [[request] for request in given]
         rows += [reranker.prompter.row(examples.history[window], pools.candidates[i], g, plain) for g in groups]
     return rows
 
@@ -705,4 +765,4 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
-    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params)
+    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params, bare.packs)

@@ -1,0 +1,137 @@
+"""The timings of ``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from corec import controls, data, engine, params, paths, reranker
+from corec.bench import Figure, seconds
+
+REQUESTS = 8
+
+
+def world(k: int, windows: int) -> tuple[Any, Any, Any]:
+    """Settings, examples and a fresh re-ranker of the default run, with K random unseen candidates in every pool."""
+    settings = params.load(paths.root() / "params" / "ml-100k.yaml")
+    few = controls.MaxWindows(train=windows, valid=1, test=windows)
+    own = settings.controls.model_copy(update={"k": k, "max_windows": few, "train_truth": "any"})
+    settings = settings.model_copy(update={"controls": own})
+    tables = data.prepare(settings.data)
+    rng, n_items = np.random.default_rng(0), len(tables.items)
+    some = tables.windows.groupby("split").sample(n=windows, random_state=0)
+    found = [rng.permutation(np.setdiff1d(np.arange(1, n_items + 1), history))[:k] for history in some["history"]]
+    frame = pd.DataFrame({"window": some["window"], "candidates": found, "scores": [np.arange(k, 0.0, -1)] * len(found)})
+    prepared = controls.prepare(some, frame, tables.items, own, seed=0)
+    model = reranker.build(tables.items, prepared.table, settings.reranker, seed=0)
+    return settings, reranker.load_examples(some, prepared), model
+
+
+def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float]:
+    """Median and 95th percentile of the seconds of `times` calls, after one that warms up."""
+    work(0)
+    taken = []
+    for number in range(times):
+        start = time.perf_counter()
+        work(number)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken)), float(np.quantile(taken, 0.95))
+
+
+def products(model: Any, batch: int, length: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """The bare matrix products of a forward over [batch, length] tokens, and their FLOP."""
+    config = model.config
+    width, heads, keys, layers = (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers,
+    )  # fmt: skip
+    head, inner, tokens = width // heads, config.intermediate_size, batch * length
+    shapes = [(width, width), (width, keys * head), (width, keys * head), (width, width)]
+    shapes += [(width, inner), (width, inner), (inner, width)]
+    inputs = {size: torch.randn(tokens, size, dtype=dtype) for size in (width, inner)}
+    weights = [torch.randn(out, into, dtype=dtype) for into, out in shapes]
+    query, square = torch.randn(batch * heads, length, head, dtype=dtype), torch.randn(batch * heads, length, length, dtype=dtype)
+
+    def run() -> None:
+        for _ in range(layers):
+            for weight in weights:
+                F.linear(inputs[weight.shape[1]], weight)
+            query @ query.mT
+            square @ query
+
+    flop = layers * (2 * tokens * sum(into * out for into, out in shapes) + 4 * batch * heads * length**2 * head)
+    return run, flop
+
+
+def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
+    """Scoring, kept prefixes, training and the rate of arithmetic, side by side with the plain ways."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import plain_reranker as plain
+
+    settings, examples, model = world(k, windows)
+    pools, table = examples.prepared.pools["test"], examples.prepared.table
+    rng = np.random.default_rng(1)
+    lengths = [1 + place % 3 for place in range(REQUESTS)]
+    requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
+    rows = reranker.make_rows(model, examples, pools, requests)
+    tokens = np.mean([len(row.prefix) for row in rows]), np.mean([len(s) for row in rows for s in row.suffixes])
+    yield Figure("prefix_tokens", tokens[0], "tokens")
+    yield Figure("request_tokens", tokens[1], "tokens")
+    model.model.eval()
+
+    with torch.inference_mode():
+        ours = seconds(lambda: reranker.score(model, examples, pools, requests)) / windows
+        for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
+            slow = seconds(lambda: plain.scores(model, rows[0], last)) * tokens[0] / len(rows[0].prefix)  # noqa: B023
+            yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
+        prefix = engine.prefill(model, rows[0])
+        suffixes = [suffix for row in rows for suffix in row.suffixes]
+        middle, high = percentiles(lambda i: engine.answer(model, prefix, [suffixes[i % len(suffixes)]]), 60)
+        whole, _ = percentiles(lambda i: plain.scores(model, rows[0]._replace(suffixes=[suffixes[i]]), True), 5)
+        yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
+        yield Figure("one_request_cached_p95", 1e3 * high, "ms")
+        yield Figure("prefill", 1e3 * seconds(lambda: engine.prefill(model, rows[0])), "ms")
+        yield from rate(model, rows)
+    yield from training(settings, examples, model, plain)
+
+
+def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
+    """Arithmetic of a batch of packed rows of like length against the bare products of the same shapes, and where time goes."""
+    batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
+    size = reranker.collate(batch, 0, "end").ids.shape
+    dtype = next(model.model.parameters()).dtype
+    run, flop = products(model.causal, *size, dtype)
+    bare, ours = seconds(run), seconds(lambda: model.forward(batch))
+    label = f"bare products, {flop / bare / 1e9:.0f}"
+    yield Figure("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
+    with torch.profiler.profile() as profile:
+        model.forward(batch)
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
+        yield Figure(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
+
+
+def training(settings: Any, examples: Any, model: reranker.Reranker, plain: Any) -> Iterator[Figure]:
+    """Supervised requests a second: a step of the default run against one request a forward with full logits."""
+    model.model.train()
+    batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
+    rows = reranker.make_rows(model, examples, batch.pools, batch.requests)
+    count = batch.control.shape[0] * batch.control.shape[1]
+    ours = seconds(lambda: reranker.backward(model, rows, batch.control)) / count
+
+    def one() -> None:
+        control: Tensor = torch.from_numpy(batch.control[0, 0]).to(model.device)
+        row = rows[0]._replace(suffixes=rows[0].suffixes[:1])
+        logits = plain.scores(model, row, False)
+        reranker.ranknet(logits, control[None]).backward()
+
+    slow = seconds(one)
+    yield Figure("train_requests_vs_plain", 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)
+    yield Figure("train_peak_memory", paths.peak_memory_mb(), "MB")

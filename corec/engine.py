@@ -1,0 +1,65 @@
+"""Requests that come one by one: a window's prefix is computed once and kept, a request costs its own tokens.
+
+:meth:`corec.reranker.Reranker.forward` scores all requests of a window that are known beforehand in one row. Here the
+keys and values of the prefix (instruction, history, candidates) are kept, and for `late` the candidates' states too, so
+that a further request is a pass over its ten tokens and one small product a candidate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from corec import CorecError
+from corec.reranker import Reranker, Row, collate
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is kept of one window."""
+
+    layers: list[tuple[Tensor, Tensor]]  # keys and values [1, key heads, length, head width] of every layer
+    length: int  # tokens
+    candidates: Tensor | None  # late: states [1, K, hidden]
+    k: int
+
+
+@torch.inference_mode()
+def prefill(reranker: Reranker, row: Row) -> Prefix:
+    """Compute the prefix of a window's `row` (its requests are not looked at).
+
+    Raises
+    ------
+    CorecError
+        When the request comes before the candidates, or the architecture cannot share a prefix.
+    """
+    if reranker.params.request_position == "before" or not reranker.packs:
+        raise CorecError(
+            "Nothing can be kept between requests: set reranker.request_position to 'after', and reranker.backbone to a "
+            "model whose attention obeys a mask (Llama, Qwen, GPT-NeoX and most others)."
+        )
+    reranker.model.eval()
+    batch = collate([row._replace(suffixes=[])], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
+    cache = DynamicCache()
+    states = reranker.states(batch.ids, batch.positions, batch.mask, cache)
+    candidates = reranker.head.pool(batch.candidates, states) if reranker.params.readout == "late" else None
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix(kept, len(row.prefix), candidates, len(row.spans))
+
+
+@torch.inference_mode()
+def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> Tensor:
+    """Scores [R, K] of the prefix's candidates under R more requests, given as the tokens behind the prefix.
+
+    All R go through in one row: each sees the prefix and itself only.
+    """
+    row = Row([], [], [list(suffix) for suffix in suffixes])
+    batch = collate([row], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
+    seen = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)
+    mask = torch.cat([seen, batch.mask], dim=-1)
+    states = reranker.states(batch.ids, batch.positions + prefix.length, mask, DynamicCache(prefix.layers))
+    if prefix.candidates is None:
+        return reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)
+    return reranker.head(prefix.candidates, reranker.head.pool(batch.requests, states))[0]

@@ -1,0 +1,128 @@
+"""Requests that share a prefix, packed or kept, on several architectures: the scores that each request gets alone."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_reranker import World, textbook_scores, unlike_start
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from corec import CorecError, backbones, engine, reranker
+
+LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA | {"tie_word_embeddings": False},
+    "qwen3": LLAMA | {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": LLAMA,
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "gemma2": LLAMA | {"head_dim": 16, "sliding_window": 8},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    return World(atomic)
+
+
+def folder(kind: str, where: Path) -> str:
+    """A model of this architecture with small random weights and the tiny tokenizer, saved."""
+    _, tokenizer = backbones.tiny_model()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SHAPES | OTHERS)[kind], vocab_size=len(tokenizer))
+    backbones.save_whole(where / kind, AutoModelForCausalLM.from_config(config), tokenizer)
+    return str(where / kind)
+
+
+def alone(model: reranker.Reranker, world: World, window: int) -> np.ndarray:
+    """Scores [R, K] of a window's requests, each by an ordinary forward of its own."""
+    rows = [
+        reranker.make_rows(model, world.examples, world.pools.take(np.array([window])), [request[[window]]])[0]
+        for request in world.requests
+    ]
+    with torch.no_grad():
+        return torch.stack([textbook_scores(model, row) for row in rows]).numpy()
+
+
+@pytest.mark.parametrize("readout", ["late", "index"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_packed_and_kept_give_the_scores_of_one_request_alone(world: World, tmp_path: Path, kind: str, readout: str) -> None:
+    model = world.build(world.params(backbone=folder(kind, tmp_path), readout=readout))
+    assert model.packs
+    unlike_start(model)
+    packed = reranker.score(model, world.examples, world.pools, world.requests)
+    for window in (0, 5):
+        wanted = alone(model, world, window)
+        np.testing.assert_allclose(packed[window], wanted, atol=1e-4)
+        row = reranker.make_rows(
+            model, world.examples, world.pools.take(np.array([window])), [r[[window]] for r in world.requests]
+        )[0]
+        prefix = engine.prefill(model, row)
+        np.testing.assert_allclose(engine.answer(model, prefix, row.suffixes).numpy(), wanted, atol=1e-4)
+        one_by_one = [engine.answer(model, prefix, [suffix])[0].numpy() for suffix in row.suffixes]
+        np.testing.assert_allclose(one_by_one, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", ["late", "index"])
+def test_ranking_order_in_bfloat16(world: World, readout: str) -> None:
+    model = world.build(world.params(dtype="bfloat16", readout=readout))
+    unlike_start(model)
+    packed = reranker.score(model, world.examples, world.pools, world.requests)
+    for window in range(8):
+        row = reranker.make_rows(
+            model, world.examples, world.pools.take(np.array([window])), [r[[window]] for r in world.requests]
+        )[0]
+        kept = engine.answer(model, engine.prefill(model, row), row.suffixes).numpy()
+        for ours in (packed[window], kept):
+            wanted = alone(model, world, window)
+            gap = np.abs(wanted[:, :, None] - wanted[:, None, :])
+            swapped = (np.sign(ours[:, :, None] - ours[:, None, :]) != np.sign(wanted[:, :, None] - wanted[:, None, :])) & (
+                gap > 0
+            )
+            assert gap[swapped].max(initial=0) < 0.02 * np.ptp(wanted), "only candidates of almost equal scores change places"
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_architecture_that_cannot_share_falls_back_with_one_warning(world: World, tmp_path: Path, kind: str) -> None:
+    params = world.params(backbone=folder(kind, tmp_path))
+    with pytest.warns(UserWarning, match="cannot share a prefix among requests: each request is computed by itself"):
+        model = world.build(params)
+    assert not model.packs
+    unlike_start(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        scores = reranker.score(model, world.examples, world.pools, world.requests)
+    np.testing.assert_allclose(scores[3], alone(model, world, 3), atol=1e-4)
+    row = reranker.make_rows(model, world.examples, world.pools.take(np.array([0])), [world.requests[1][:1]])[0]
+    with pytest.raises(CorecError, match="Nothing can be kept between requests: set reranker.request_position"):
+        engine.prefill(model, row)
+
+
+@pytest.mark.parametrize("readout", ["late", "index"])
+def test_the_packed_gradient_is_the_plain_sum(world: World, readout: str) -> None:
+    params = world.params(readout=readout)
+    model = world.build(params)
+    unlike_start(model)
+    batch = reranker.training_batch(world.examples, params, 5)
+    reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.control)
+    packed = {name: value.grad.clone() for name, value in model.trainable().items()}
+    for value in model.trainable().values():
+        value.grad = None
+    windows, requests = batch.control.shape[:2]
+    for window in range(windows):
+        pools = batch.pools.take(np.array([window]))
+        for place, request in enumerate(batch.requests):
+            row = reranker.make_rows(model, world.examples, pools, [request[[window]]])[0]
+            scores = textbook_scores(model, row)
+            wanted = torch.from_numpy(batch.control[window, place])
+            (reranker.ranknet(scores[None], wanted[None]) / (windows * requests)).backward()
+    for name, value in model.trainable().items():
+        torch.testing.assert_close(packed[name], value.grad, atol=1e-4, rtol=1e-4)
+    assert any(value.grad.abs().max() > 1e-3 for value in model.trainable().values())
