@@ -142,7 +142,7 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reran
     source = str(smollm2_folder()) if name == "smollm2-135m" else str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CorecError(

@@ -1,9 +1,7 @@
 """The timings of ``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from corec import controls, data, engine, params, paths, reranker
-from corec.bench import Figure, seconds
+from corec.bench import Figure, oracle, seconds
 
 REQUESTS = 8
 
@@ -71,24 +69,22 @@ def products(model: Any, batch: int, length: int, dtype: torch.dtype) -> tuple[C
 
 def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
     """Scoring, kept prefixes, training and the rate of arithmetic, side by side with the plain ways."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import plain_reranker as plain
-
+    plain = oracle("plain_reranker")
     settings, examples, model = world(k, windows)
     pools, table = examples.prepared.pools["test"], examples.prepared.table
     rng = np.random.default_rng(1)
     lengths = [1 + place % 3 for place in range(REQUESTS)]
     requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
     rows = reranker.make_rows(model, examples, pools, requests)
-    tokens = np.mean([len(row.prefix) for row in rows]), np.mean([len(s) for row in rows for s in row.suffixes])
-    yield Figure("prefix_tokens", tokens[0], "tokens")
-    yield Figure("request_tokens", tokens[1], "tokens")
+    prefix_tokens = float(np.mean([len(row.prefix) for row in rows]))
+    yield Figure("prefix_tokens", prefix_tokens, "tokens")
+    yield Figure("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
     model.model.eval()
 
     with torch.inference_mode():
         ours = seconds(lambda: reranker.score(model, examples, pools, requests)) / windows
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
-            slow = seconds(lambda: plain.scores(model, rows[0], last)) * tokens[0] / len(rows[0].prefix)  # noqa: B023
+            slow = seconds(lambda: plain.scores(model, rows[0], last)) * prefix_tokens / len(rows[0].prefix)  # noqa: B023
             yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
         prefix = engine.prefill(model, rows[0])
         suffixes = [suffix for row in rows for suffix in row.suffixes]
@@ -106,7 +102,7 @@ def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]
     batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
     size = reranker.collate(batch, 0, "end").ids.shape
     dtype = next(model.model.parameters()).dtype
-    run, flop = products(model.causal, *size, dtype)
+    run, flop = products(model.causal, size[0], size[1], dtype)
     bare, ours = seconds(run), seconds(lambda: model.forward(batch))
     label = f"bare products, {flop / bare / 1e9:.0f}"
     yield Figure("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)

@@ -401,7 +401,13 @@ def can_pack(model: Any) -> bool:
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
-    """The backbone with LoRA on its projections and trainable rows for the tokens `added`."""
+    """The backbone with LoRA on its projections and trainable rows for the tokens `added`.
+
+    Raises
+    ------
+    CorecError
+        When peft has no LoRA for the architecture.
+    """
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     lora = LoraConfig(
         r=params.lora_r,
@@ -411,8 +417,13 @@ def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
         trainable_token_indices=token_layers(model, added),
         task_type="CAUSAL_LM",
     )
-    with quiet_peft():
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    try:
+        with quiet_peft():
+            return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise CorecError(
+            f"Parameter reranker.backbone: {type(model).__name__} takes no LoRA ({error}): choose another model."
+        ) from error
 
 
 def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:

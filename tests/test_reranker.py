@@ -65,14 +65,14 @@ def textbook_scores(model: reranker.Reranker, row: reranker.Row) -> torch.Tensor
     output = model.model(input_ids=ids, output_hidden_states=True)
     if params.readout == "index":
         wanted = [model.tokenizer.convert_tokens_to_ids(reranker.index_token(i)) for i in range(len(row.spans))]
-        return output.logits[0, -1, wanted]
+        return output.logits[0, -1, wanted].float()
     layers = output.hidden_states if params.layers == "mix" else output.hidden_states[-1:]
     norm = torch.nn.functional.layer_norm
     mix = model.head.mix.softmax(0)
 
     def state(start: int, end: int) -> torch.Tensor:
         start = end - 1 if params.pooling == "end" else start
-        pooled = [norm(layer[0, start:end].mean(0), layer.shape[-1:]) for layer in layers]
+        pooled = [norm(layer[0, start:end].float().mean(0), layer.shape[-1:]) for layer in layers]
         return sum(share * layer for share, layer in zip(mix, pooled, strict=True))
 
     scores = []
