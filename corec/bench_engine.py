@@ -19,7 +19,7 @@ REQUESTS = 8
 def world(k: int, windows: int) -> tuple[Any, Any, Any]:
     """Settings, examples and a fresh re-ranker of the default run, with K random unseen candidates in every pool."""
     settings = params.load(paths.root() / "params" / "ml-100k.yaml")
-    few = controls.MaxWindows(train=windows, valid=1, test=windows)
+    few = params.MaxWindows(train=windows, valid=1, test=windows)
     own = settings.controls.model_copy(update={"k": k, "max_windows": few, "train_truth": "any"})
     settings = settings.model_copy(update={"controls": own})
     tables = data.prepare(settings.data)
@@ -86,15 +86,23 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
             slow = seconds(lambda: plain.scores(model, rows[0], last)) * prefix_tokens / len(rows[0].prefix)  # noqa: B023
             yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
-        prefix = engine.prefill(model, rows[0])
-        suffixes = [suffix for row in rows for suffix in row.suffixes]
-        middle, high = percentiles(lambda i: engine.answer(model, prefix, [suffixes[i % len(suffixes)]]), 60)
-        whole, _ = percentiles(lambda i: plain.scores(model, rows[0]._replace(suffixes=[suffixes[i]]), True), 5)
-        yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
-        yield Figure("one_request_cached_p95", 1e3 * high, "ms")
-        yield Figure("prefill", 1e3 * seconds(lambda: engine.prefill(model, rows[0])), "ms")
         yield from rate(model, rows)
     yield from training(settings, examples, model, plain)
+    yield from one_by_one(engine.merge(model), rows, plain)
+
+
+@torch.inference_mode()
+def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], plain: Any) -> Iterator[Figure]:
+    """Latency of single requests against a kept prefix, and of a whole forward, by the model with its adapter merged."""
+    prefix = engine.prefill(model, rows[0])
+    whole, _ = percentiles(lambda i: plain.scores(model, rows[0]._replace(suffixes=[rows[0].suffixes[i]]), True), 8)
+    suffixes = [suffix for row in rows for suffix in row.suffixes]
+    middle, high = percentiles(lambda i: engine.answer(model, prefix, [suffixes[i % len(suffixes)]]), 60)
+    yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
+    yield Figure("one_request_cached_p95", 1e3 * high, "ms")
+    yield Figure("prefill", 1e3 * seconds(lambda: engine.prefill(model, rows[0])), "ms")
+    ours = seconds(lambda: model.forward(rows[:8])) / 8
+    yield Figure("score_8_merged", 1 / ours, "users/s")
 
 
 def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
