@@ -12,6 +12,7 @@ Read-outs (`late` and `candidate` are ours, for small backbones):
 - ``late``: s_i = (P h_i) · (Q g) / sqrt(width) + w · h_i, with g the state of the request that follows.
 """
 
+import json
 import math
 import time
 import warnings
@@ -89,6 +90,11 @@ class Row(NamedTuple):
     spans: list[tuple[int, int]]  # start and end of each candidate's line in the prefix
     suffixes: list[list[int]]
 
+    @property
+    def positions(self) -> int:
+        """Positions that the row takes: every suffix starts anew behind the prefix."""
+        return len(self.prefix) + max(map(len, self.suffixes), default=0)
+
 
 class Prompter:
     """Builds rows from windows; tokenises every item once.
@@ -103,10 +109,16 @@ class Prompter:
         Attributes and values.
     params
         Position of the request, form of the values, read-out.
+    limit
+        Positions that the model has. Where a row needs more, all its titles are cut to the same shorter length; if that
+        is not enough, the oldest of the history goes. `cut` counts both.
     """
 
-    def __init__(self, tokenizer: Any, items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> None:
-        self.params, self.table = params, table
+    def __init__(
+        self, tokenizer: Any, items: pd.DataFrame, table: Vocabulary, params: RerankerParams, limit: int | None = None
+    ) -> None:
+        self.params, self.table, self.limit = params, table, limit
+        self.cut = {"rows": 0, "shorter titles": 0, "shorter histories": 0}
         self._encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self._ids = {token: i for token, i in tokenizer.get_added_vocab().items()}
         titles = tokenizer(items["title"].tolist(), add_special_tokens=False)["input_ids"]
@@ -153,12 +165,46 @@ class Prompter:
             Value numbers of each request; with ``request_position: before`` exactly one.
         plain
             Attributes only, no titles and no history: the curriculum's first part.
+
+        Raises
+        ------
+        CorecError
+            When the model has too few positions even without titles and history.
         """
+        self.cut["rows"] += 1
+        titles, kept = self.params.title_tokens, list(history)
+        row = self._row(kept, candidates, requests, plain, titles)
+        while self.limit and row.positions > self.limit and (titles or kept):
+            if titles:  # each line gets shorter by the same number of tokens, at least one
+                lines = len(kept) + len(candidates)
+                titles = max(0, titles - -(-(row.positions - self.limit) // lines))
+            else:
+                kept = kept[1:]
+            row = self._row(kept, candidates, requests, plain, titles)
+        if self.limit and row.positions > self.limit:
+            raise CorecError(
+                f"A prompt of {len(candidates)} candidates takes {row.positions} positions even without titles and history, the "
+                f"backbone has {self.limit}: lower controls.k, or name a reranker.backbone with more."
+            )
+        self.cut["shorter titles"] += titles < self.params.title_tokens
+        self.cut["shorter histories"] += len(kept) < len(history)
+        return row
+
+    def report_cut(self) -> None:
+        """Say how many rows were cut to fit, if any were, and count anew."""
+        if self.cut["shorter titles"]:
+            print(f"prompts cut to the backbone's {self.limit} positions: {self.cut}", flush=True)
+        self.cut = dict.fromkeys(self.cut, 0)
+
+    def _row(
+        self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool, titles: int
+    ) -> Row:
+        """The row of :meth:`row`, with `titles` tokens a title at the most."""
         ids: list[int] = []
         if not plain:
             ids += self.heading_history
             for item in history:
-                ids += self.titles[item] + self.described_short[item] + self.newline
+                ids += self.titles[item][:titles] + self.described_short[item] + self.newline
         before = self.params.request_position == "before"
         if before:
             assert len(requests) == 1, "a request before the candidates has a row of its own"
@@ -169,7 +215,7 @@ class Prompter:
             start = len(ids)
             if self.params.readout == "index":
                 ids.append(self._ids[index_token(place)])
-            ids += ([] if plain else self.titles[item]) + self.described[item] + self.newline
+            ids += ([] if plain else self.titles[item][:titles]) + self.described[item] + self.newline
             spans.append((start, len(ids)))
         suffixes = [(self.newline if before else self.request(values)) + self.question for values in requests]
         return Row(ids, spans, suffixes)
@@ -346,6 +392,17 @@ class Reranker:
 
 
 @contextmanager
+def memory_for(parameter: str) -> Iterator[None]:
+    """Turn want of memory, on a GPU or in the machine, into a sentence that names the `parameter` to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise CorecError(f"The memory is not enough: lower reranker.{parameter}, and run it again.") from error
+
+
+@contextmanager
 def quiet_peft() -> Iterator[None]:
     """Hide a warning that peft's use of transformers sets off, and that no user can act on."""
     with warnings.catch_warnings():
@@ -377,7 +434,8 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Reranker(model.to(device), tokenizer, head.to(device), Prompter(tokenizer, items, table, params), params, packs)
+    prompter = Prompter(tokenizer, items, table, params, getattr(model.config, "max_position_embeddings", None))
+    return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs)
 
 
 @torch.inference_mode()
@@ -499,12 +557,14 @@ def score(
     """
     reranker.model.eval()
     rows = make_rows(reranker, examples, pools, requests)
+    reranker.prompter.report_cut()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prefix))
     result, shown = np.empty((len(rows), len(rows[0].suffixes), pools.candidates.shape[1]), np.float32), time.monotonic()
     size = reranker.params.eval_batch_size
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        result[part] = reranker.forward([rows[i] for i in part]).cpu().numpy()
+        with memory_for("eval_batch_size"):
+            result[part] = reranker.forward([rows[i] for i in part]).cpu().numpy()
         if report and time.monotonic() - shown > 20:
             print(f"{report}: {start + len(part)} of {len(rows)} prompts", flush=True)
             shown = time.monotonic()
@@ -605,10 +665,11 @@ def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray) -> fl
     per_window = len(rows) // windows
     for start in range(0, windows, reranker.params.micro_batch):
         part = slice(start, min(start + reranker.params.micro_batch, windows))
-        scores = reranker.forward(rows[part.start * per_window : part.stop * per_window])
-        wanted = torch.from_numpy(control[part]).to(reranker.device)
-        loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
-        loss.backward()
+        with memory_for("micro_batch"):
+            scores = reranker.forward(rows[part.start * per_window : part.stop * per_window])
+            wanted = torch.from_numpy(control[part]).to(reranker.device)
+            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
+            loss.backward()
         total += loss.item()
     return total
 
@@ -631,6 +692,11 @@ def train(
     Returns
     -------
     One row a step: ``step plain loss seconds tokens``.
+
+    Raises
+    ------
+    CorecError
+        When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), or the memory is not enough.
     """
     settings = params.reranker
     master = Master(reranker.trainable(), settings)
@@ -657,7 +723,13 @@ def train(
         prompts = make_rows(reranker, examples, batch.pools, batch.requests, batch.plain)
         value = backward(reranker, prompts, batch.control)
         if not math.isfinite(value):
-            raise CorecError(f"The training loss is not a number at step {step}: lower reranker.lr or reranker.lr_head.")
+            where = ""
+            if folder:
+                kept = {"step": step, "window": batch.pools.window.tolist(), "candidates": batch.pools.candidates.tolist()}
+                kept |= {"requests": [r.tolist() for r in batch.requests], "control": batch.control.tolist()}
+                paths.write_text(folder / "failed_batch.json", json.dumps(kept))
+                where = f" (its batch is in {folder / 'failed_batch.json'})"
+            raise CorecError(f"The training loss is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head.")
         spent = time.monotonic() - started
         late = spent / (step + 1) * total > 60 * settings.max_minutes and spent > 60
         progress = spent / (60 * settings.max_minutes) if late else step / total
@@ -673,6 +745,7 @@ def train(
             state = {"identity": identity, "rows": rows, "spent": spent, "copies": master.copies}
             torch.save(state | {"optimizer": master.optimizer.state_dict()}, part)
             part.replace(checkpoint)
+    reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
 
 

@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +266,16 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> No
         backbones.load("meta-llama/Meta-Llama-3-8B")
 
 
-def test_a_loss_that_is_not_a_number_stops(world: World) -> None:
+def test_a_loss_that_is_not_a_number_stops(world: World, tmp_path: Path) -> None:
     params = world.params()
     model = world.build(params)
     with torch.no_grad():
         model.head.candidate.weight[0, 0] = torch.nan
     with pytest.raises(CorecError, match="not a number at step 0: lower reranker.lr"):
         reranker.train(model, world.examples, params, None)
+    with pytest.raises(CorecError, match=r"at step 0 \(its batch is in .*failed_batch.json\): lower reranker.lr"):
+        reranker.train(model, world.examples, params, tmp_path)
+    assert len(json.loads((tmp_path / "failed_batch.json").read_text())["window"]) == 2
 
 
 def test_few_requests_take_all_lengths_in_turn(world: World) -> None:
@@ -344,3 +350,75 @@ def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.
     assert "8,052,117,504" in said and "21,413,888" in said and "4 devices" in said
     with pytest.raises(CorecError, match=r"the configuration of '/no/model' cannot be had: .*log in to the hub"):
         plan.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10, new_tokens=1)
+
+
+def test_a_prompt_that_is_too_long_is_cut_by_rule_and_counted(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    model = world.build(world.params())
+    prompter, window = model.prompter, int(world.pools.window[0])
+    given = (world.examples.history[window], world.pools.candidates[0], [world.requests[1][0], world.requests[2][0]])
+    whole = prompter.row(*given)
+    prompter.limit = whole.positions - 5
+    row = prompter.row(*given)
+    lines = len(given[0]) + len(given[1])
+    assert prompter.limit - lines < row.positions <= prompter.limit, "no title is cut further than it must be"
+    assert row.suffixes == whole.suffixes and len(row.spans) == 6
+    assert prompter.cut == {"rows": 2, "shorter titles": 1, "shorter histories": 0}
+    bare = prompter._row([], given[1], given[2], False, 0)
+    prompter.limit = bare.positions + 4
+    assert prompter.row(*given).positions <= prompter.limit
+    assert prompter.cut == {"rows": 3, "shorter titles": 2, "shorter histories": 1}
+    prompter.limit = bare.positions - 1
+    prompter.report_cut()
+    assert f"prompts cut to the backbone's {prompter.limit} positions: {{'rows': 3, 'shorter t" in capsys.readouterr().out
+    assert prompter.cut["rows"] == 0
+    prompter.report_cut()
+    assert not capsys.readouterr().out, "nothing cut, nothing said"
+    with pytest.raises(CorecError, match="A prompt of 6 candidates takes .* positions even without titles .* lower controls.k"):
+        prompter.row(*given)
+
+
+def test_want_of_memory_names_the_parameter(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = world.params()
+    model = world.build(params)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(reranker.Reranker, "forward", refuse)
+    with pytest.raises(CorecError, match="The memory is not enough: lower reranker.eval_batch_size"):
+        reranker.score(model, world.examples, world.pools, world.requests)
+    with pytest.raises(CorecError, match="The memory is not enough: lower reranker.micro_batch"):
+        reranker.train(model, world.examples, params, None)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_reranker import World
+from corec import reranker
+world = World(Path(sys.argv[1]))
+params = world.params(max_minutes=1000, steps=8)
+save = reranker.torch.save
+def save_then_die(*args):
+    save(*args)
+    if args[0]["rows"][-1][0] >= 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+reranker.torch.save = save_then_die
+reranker.train(world.build(params), world.examples, params, Path(sys.argv[2]))
+"""
+
+
+def test_killed_in_the_middle_of_saving_it_resumes_to_the_same_parameters(world: World, atomic: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    command = [sys.executable, "-c", KILLED, str(atomic), str(folder), str(Path(__file__).parent)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert (folder / "checkpoint.pt").exists() and (folder / "checkpoint.part").exists(), "killed with a new one half in place"
+    params = world.params(max_minutes=1000, steps=8)
+    whole, resumed = world.build(params), world.build(params)
+    unbroken = reranker.train(whole, world.examples, params, None)
+    curve = reranker.train(resumed, world.examples, params, folder)
+    assert curve["loss"].tolist() == unbroken["loss"].tolist()
+    for name, value in whole.trainable().items():
+        assert torch.equal(resumed.trainable()[name], value), name
