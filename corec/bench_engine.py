@@ -86,20 +86,32 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
             slow = seconds(lambda: plain.scores(model, rows[0], last)) * prefix_tokens / len(rows[0].prefix)  # noqa: B023
             yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
+        whole, _ = percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
         yield from rate(model, rows)
     yield from training(settings, examples, model, plain)
-    yield from one_by_one(engine.merge(model), rows, plain)
+    yield from one_by_one(engine.merge(model), rows, whole, plain)
+
+
+def single(rows: list[reranker.Row], number: int) -> reranker.Row:
+    """The first row with one of its requests alone."""
+    return rows[0]._replace(suffixes=[rows[0].suffixes[number % REQUESTS]])
 
 
 @torch.inference_mode()
-def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], plain: Any) -> Iterator[Figure]:
-    """Latency of single requests against a kept prefix, and of a whole forward, by the model with its adapter merged."""
+def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float, plain: Any) -> Iterator[Figure]:
+    """Latency of single requests against a kept prefix by a model with its adapter merged.
+
+    Parameters
+    ----------
+    whole
+        Seconds of the plain way: a whole forward, the adapter as peft has it.
+    """
     prefix = engine.prefill(model, rows[0])
-    whole, _ = percentiles(lambda i: plain.scores(model, rows[0]._replace(suffixes=[rows[0].suffixes[i]]), True), 8)
-    suffixes = [suffix for row in rows for suffix in row.suffixes]
-    middle, high = percentiles(lambda i: engine.answer(model, prefix, [suffixes[i % len(suffixes)]]), 60)
+    middle, high = percentiles(lambda i: engine.answer(model, prefix, single(rows, i).suffixes), 80)
     yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
     yield Figure("one_request_cached_p95", 1e3 * high, "ms")
+    same, _ = percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
+    yield Figure("one_request_cached_vs_merged", 1e3 * middle, "ms", f"whole forward, merged, {1e3 * same:.0f} ms", middle / same)
     yield Figure("prefill", 1e3 * seconds(lambda: engine.prefill(model, rows[0])), "ms")
     ours = seconds(lambda: model.forward(rows[:8])) / 8
     yield Figure("score_8_merged", 1 / ours, "users/s")
