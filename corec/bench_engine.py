@@ -1,17 +1,16 @@
 """The timings of ``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
 
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from corec import controls, data, engine, params, paths, reranker
-from corec.bench import Figure, oracle, seconds
+from corec.bench import Figure, now, oracle, seconds
 
 REQUESTS = 8
 
@@ -37,24 +36,25 @@ def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float
     work(0)
     taken = []
     for number in range(times):
-        start = time.perf_counter()
+        start = now()
         work(number)
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
     return float(np.median(taken)), float(np.quantile(taken, 0.95))
 
 
-def products(model: Any, batch: int, length: int, dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], float]:
     """The bare matrix products of a forward over [batch, length] tokens, and their FLOP."""
     config = model.config
     width, heads, keys, layers = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers,
     )  # fmt: skip
     head, inner, tokens = width // heads, config.intermediate_size, batch * length
+    like = {"dtype": model.dtype, "device": model.device}
     shapes = [(width, width), (width, keys * head), (width, keys * head), (width, width)]
     shapes += [(width, inner), (width, inner), (inner, width)]
-    inputs = {size: torch.randn(tokens, size, dtype=dtype) for size in (width, inner)}
-    weights = [torch.randn(out, into, dtype=dtype) for into, out in shapes]
-    query, square = torch.randn(batch * heads, length, head, dtype=dtype), torch.randn(batch * heads, length, length, dtype=dtype)
+    inputs = {size: torch.randn(tokens, size, **like) for size in (width, inner)}
+    weights = [torch.randn(out, into, **like) for into, out in shapes]
+    query, square = torch.randn(batch * heads, length, head, **like), torch.randn(batch * heads, length, length, **like)
 
     def run() -> None:
         for _ in range(layers):
@@ -76,19 +76,19 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
     lengths = [1 + place % 3 for place in range(REQUESTS)]
     requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
     rows = reranker.make_rows(model, examples, pools, requests)
-    prefix_tokens = float(np.mean([len(row.prefix) for row in rows]))
-    yield Figure("prefix_tokens", prefix_tokens, "tokens")
+    yield Figure("prefix_tokens", float(np.mean([len(row.prefix) for row in rows])), "tokens")
     yield Figure("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
+    yield from training(settings, examples, model, plain)
     model.model.eval()
-
     with torch.inference_mode():
-        ours = seconds(lambda: reranker.score(model, examples, pools, requests)) / windows
+        some = np.arange(model.params.eval_batch_size)  # the plain way is slow: the first few users, for both
+        few, asked = pools.take(some), [request[some] for request in requests]
+        ours = seconds(lambda: reranker.score(model, examples, few, asked)) / len(some)
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
-            slow = seconds(lambda: plain.scores(model, rows[0], last)) * prefix_tokens / len(rows[0].prefix)  # noqa: B023
+            slow = seconds(lambda: [plain.scores(model, rows[i], last) for i in some]) / len(some)  # noqa: B023
             yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
         whole, _ = percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
         yield from rate(model, rows)
-    yield from training(settings, examples, model, plain)
     yield from one_by_one(engine.merge(model), rows, whole, plain)
 
 
@@ -121,8 +121,7 @@ def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]
     """Arithmetic of a batch of packed rows of like length against the bare products of the same shapes, and where time goes."""
     batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
     size = reranker.collate(batch, 0, "end").ids.shape
-    dtype = next(model.model.parameters()).dtype
-    run, flop = products(model.causal, size[0], size[1], dtype)
+    run, flop = products(model.causal, size[0], size[1])
     bare, ours = seconds(run), seconds(lambda: model.forward(batch))
     label = f"bare products, {flop / bare / 1e9:.0f}"
     yield Figure("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
@@ -142,12 +141,16 @@ def training(settings: Any, examples: Any, model: reranker.Reranker, plain: Any)
     count = batch.control.shape[0] * batch.control.shape[1]
     ours = seconds(lambda: reranker.backward(model, rows, batch.control)) / count
 
-    def one() -> None:
-        control: Tensor = torch.from_numpy(batch.control[0, 0]).to(model.device)
-        row = rows[0]._replace(suffixes=rows[0].suffixes[:1])
-        logits = plain.scores(model, row, False)
-        reranker.ranknet(logits, control[None]).backward()
-
-    slow = seconds(one)
-    yield Figure("train_requests_vs_plain", 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)
     yield Figure("train_peak_memory", paths.peak_memory_mb(), "MB")
+
+    def one_at_a_time(last_only: bool) -> None:
+        for row, control in zip(rows, batch.control, strict=True):
+            place = int(rng.integers(len(row.suffixes)))
+            wanted = torch.from_numpy(control[place]).to(model.device)
+            logits = plain.scores(model, row._replace(suffixes=[row.suffixes[place]]), last_only)
+            reranker.ranknet(logits, wanted[None]).backward()
+
+    rng = np.random.default_rng(0)
+    for name, last in (("train_requests_vs_plain", False), ("train_requests_vs_last_logits", True)):
+        slow = seconds(partial(one_at_a_time, last)) / len(rows)
+        yield Figure(name, 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)

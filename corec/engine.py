@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -29,10 +30,10 @@ class Prefix:
 def merge(reranker: Reranker) -> Reranker:
     """The re-ranker with its adapter written into the backbone's weights, in place: for scoring alone.
 
-    That spares two small products and an addition for each of its layers' seven, which is what most of a short request's
-    time goes to. In bfloat16 the sums are rounded, so scores differ as they do between any two orders of summation.
+    That spares two small products and an addition for each of a layer's seven. In bfloat16 the merged weights are rounded,
+    which moves scores a little.
     """
-    return replace(reranker, model=reranker.model.merge_and_unload())
+    return replace(reranker, model=reranker.model.merge_and_unload()) if isinstance(reranker.model, PeftModel) else reranker
 
 
 @torch.inference_mode()
@@ -63,7 +64,16 @@ def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]
     """Scores [R, K] of the prefix's candidates under R more requests, given as the tokens behind the prefix.
 
     All R go through in one row: each sees the prefix and itself only.
+
+    Raises
+    ------
+    CorecError
+        When a request reaches beyond the positions that the backbone has.
     """
+    reranker.model.eval()
+    limit, longest = reranker.prompter.limit, max(map(len, suffixes))
+    if limit and prefix.length + longest > limit:
+        raise CorecError(f"A request of {longest} tokens behind {prefix.length} exceeds the backbone's {limit}: shorten it.")
     row = Row([], [], [list(suffix) for suffix in suffixes])
     batch = collate([row], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
     seen = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)

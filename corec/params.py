@@ -47,6 +47,13 @@ class DataParams(Model):
     latest: int = Field(50, ge=3)  # paper: each user's latest interactions
 
 
+# By stage: what changes how a result is computed or kept, or what is compared beside it, but not the result.
+WITHOUT_EFFECT = {
+    "sasrec": {"compare_seconds", "compare_seeds"},
+    "reranker": {"micro_batch", "eval_batch_size", "gradient_checkpointing", "checkpoint_steps", "compare_steps"},
+}
+
+
 class SasrecParams(Model):
     """Stage 02: the retriever."""
 

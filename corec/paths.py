@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from corec import CorecError
-from corec.params import Params
+from corec.params import WITHOUT_EFFECT, Params
 
 NOTEBOOKS = {
     "data": "01_data",
@@ -138,8 +138,8 @@ def digest(value: Any) -> str:
 
 
 def section(settings: Params, stage: str) -> dict[str, Any]:
-    """The part of a run's parameters that a stage depends on by itself."""
-    own = {stage: getattr(settings, stage).model_dump(mode="json")}
+    """The part of a run's parameters that the result of a stage depends on by itself."""
+    own = {stage: getattr(settings, stage).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(stage))}
     return own if stage in ("data", "figures") else own | {"seed": settings.seed}
 
 

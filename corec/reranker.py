@@ -90,11 +90,6 @@ class Row(NamedTuple):
     spans: list[tuple[int, int]]  # start and end of each candidate's line in the prefix
     suffixes: list[list[int]]
 
-    @property
-    def positions(self) -> int:
-        """Positions that the row takes: every suffix starts anew behind the prefix."""
-        return len(self.prefix) + max(map(len, self.suffixes), default=0)
-
 
 class Prompter:
     """Builds rows from windows; tokenises every item once.
@@ -110,8 +105,8 @@ class Prompter:
     params
         Position of the request, form of the values, read-out.
     limit
-        Positions that the model has. Where a row needs more, all its titles are cut to the same shorter length; if that
-        is not enough, the oldest of the history goes. `cut` counts both.
+        Positions that the model has. Where a prompt with the longest possible request would need more, all its titles
+        are cut to the same shorter length; if that is not enough, the oldest of the history goes. `cut` counts both.
     """
 
     def __init__(
@@ -133,6 +128,11 @@ class Prompter:
         self.heading_candidates = self._encode("Rank these candidates for the user's next choice:\n")
         self.heading_request = self._encode("Control Tokens:")
         self.question = self._encode("\nThe best candidate is:") if params.readout == "index" else self.newline
+        longest = [0] * len(table.attributes)
+        for value, tokens in enumerate(self.values):
+            attribute = table.attribute_of[value]
+            longest[attribute] = max(longest[attribute], len(tokens) + len(self.between))
+        self.reserve = len(self.heading_request) + sum(longest) + len(self.question) + len(self.newline)
 
     def _value_ids(self, value: int) -> list[int]:
         """Tokens of one value, as in a request."""
@@ -174,18 +174,17 @@ class Prompter:
         self.cut["rows"] += 1
         titles, kept = self.params.title_tokens, list(history)
         row = self._row(kept, candidates, requests, plain, titles)
-        while self.limit and row.positions > self.limit and (titles or kept):
+        while self.limit and (over := len(row.prefix) + self.reserve - self.limit) > 0:
             if titles:  # each line gets shorter by the same number of tokens, at least one
-                lines = len(kept) + len(candidates)
-                titles = max(0, titles - -(-(row.positions - self.limit) // lines))
-            else:
+                titles = max(0, titles - -(-over // (len(kept) + len(candidates))))
+            elif kept:
                 kept = kept[1:]
+            else:
+                raise CorecError(
+                    f"A prompt of {len(candidates)} candidates takes {self.limit + over} positions even without titles and "
+                    f"history, the backbone has {self.limit}: lower controls.k, or name a reranker.backbone with more."
+                )
             row = self._row(kept, candidates, requests, plain, titles)
-        if self.limit and row.positions > self.limit:
-            raise CorecError(
-                f"A prompt of {len(candidates)} candidates takes {row.positions} positions even without titles and history, the "
-                f"backbone has {self.limit}: lower controls.k, or name a reranker.backbone with more."
-            )
         self.cut["shorter titles"] += titles < self.params.title_tokens
         self.cut["shorter histories"] += len(kept) < len(history)
         return row
@@ -372,7 +371,9 @@ class Reranker:
             rows = layer.weight[wanted]
         else:
             rows = trained.trainable_tokens_delta["default"][wanted - trained.token_indices["default"][0]]
-        return (states @ rows.T.to(states.dtype)).float()
+        logits = states @ rows.T.to(states.dtype)
+        bias = getattr(layer, "bias", None)
+        return (logits if bias is None else logits + bias[wanted]).float()
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
@@ -396,10 +397,14 @@ def memory_for(parameter: str) -> Iterator[None]:
     """Turn want of memory, on a GPU or in the machine, into a sentence that names the `parameter` to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in str(error) for sign in signs):
             raise
-        raise CorecError(f"The memory is not enough: lower reranker.{parameter}, and run it again.") from error
+        raise CorecError(
+            f"The memory is not enough: lower reranker.{parameter} (or, where it is 1, reranker.requests_per_window or "
+            "reranker.title_tokens, or set reranker.gradient_checkpointing) and run it again."
+        ) from error
 
 
 @contextmanager
@@ -423,7 +428,8 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
     """
     torch.manual_seed(seed)
     model, tokenizer = backbones.load(params.backbone, machine.resolve_dtype(params.dtype))
-    if not (packs := can_pack(model)):
+    packs = can_pack(model)
+    if not packs and params.request_position == "after":
         warnings.warn(
             f"{type(model).__name__} cannot share a prefix among requests: each request is computed by itself.", stacklevel=2
         )
@@ -434,8 +440,14 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompter = Prompter(tokenizer, items, table, params, getattr(model.config, "max_position_embeddings", None))
+    prompter = Prompter(tokenizer, items, table, params, positions(model.config, packs))
     return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs)
+
+
+def positions(config: Any, packs: bool) -> int | None:
+    """Positions that a prompt may take; a packed one must fit into a sliding window, which its mask knows nothing of."""
+    bounds = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None) if packs else None]
+    return min((bound for bound in bounds if bound), default=None)
 
 
 @torch.inference_mode()
@@ -625,12 +637,17 @@ class Master:
         return "head" if name.startswith("head.") else "rows" if "trainable_tokens" in name else "adapter"
 
     def step(self, scale: float) -> float:
-        """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it."""
+        """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it.
+
+        A gradient that is not finite changes nothing.
+        """
         for name, copy in self.copies.items():
             gradient = self.parameters[name].grad
             copy.grad = None if gradient is None else gradient.float()
             self.parameters[name].grad = None
         norm = nn.utils.clip_grad_norm_(self.copies.values(), 1.0)
+        if not norm.isfinite():
+            return float(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * scale
         self.optimizer.step()
@@ -713,6 +730,8 @@ def train(
             master.copy_back()
             master.optimizer.load_state_dict(saved["optimizer"])
             print(f"resumed after step {len(rows)}", flush=True)
+        else:
+            print(f"{checkpoint.name} is of other data or parameters: training begins anew", flush=True)
     started, shown = time.monotonic() - spent, time.monotonic()
     end = min(total, stop_after or total)
     while len(rows) < end and time.monotonic() - started < 60 * settings.max_minutes:
@@ -722,18 +741,24 @@ def train(
         batch = training_batch(examples, params, step)
         prompts = make_rows(reranker, examples, batch.pools, batch.requests, batch.plain)
         value = backward(reranker, prompts, batch.control)
-        if not math.isfinite(value):
-            where = ""
-            if folder:
-                kept = {"step": step, "window": batch.pools.window.tolist(), "candidates": batch.pools.candidates.tolist()}
-                kept |= {"requests": [r.tolist() for r in batch.requests], "control": batch.control.tolist()}
-                paths.write_text(folder / "failed_batch.json", json.dumps(kept))
-                where = f" (its batch is in {folder / 'failed_batch.json'})"
-            raise CorecError(f"The training loss is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head.")
         spent = time.monotonic() - started
         late = spent / (step + 1) * total > 60 * settings.max_minutes and spent > 60
         progress = spent / (60 * settings.max_minutes) if late else step / total
-        master.step(schedule(progress, settings.warmup))
+        if not math.isfinite(master.step(schedule(progress, settings.warmup)) + value):
+            where = ""
+            if folder:
+                kept = {
+                    "step": step,
+                    "plain": batch.plain,
+                    "window": batch.pools.window.tolist(),
+                    "candidates": batch.pools.candidates.tolist(),
+                }
+                kept |= {"requests": [r.tolist() for r in batch.requests], "control": batch.control.tolist()}
+                paths.write_text(folder / "failed_batch.json", json.dumps(kept))
+                where = f" (its batch is in {folder / 'failed_batch.json'})"
+            raise CorecError(
+                f"The training loss or its gradient is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head."
+            )
         tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
         rows.append([step, batch.plain, value, spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:

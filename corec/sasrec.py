@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corec import CorecError, machine, paths
-from corec.params import SasrecParams
+from corec.params import WITHOUT_EFFECT, SasrecParams
 
 KS = (5, 10, 20)
 BLOCK = 256  # positions whose scores are computed at a time
@@ -386,7 +386,7 @@ def train(
     )
     checkpoint, shown = folder / f"checkpoint-{params.loss}-{seed}.pt" if folder else None, time.monotonic()
     rng = np.random.default_rng(seed)
-    own = params.model_dump(exclude={"top_k", "compare_seconds", "compare_seeds"})
+    own = params.model_dump(exclude={"top_k", *WITHOUT_EFFECT["sasrec"]})
     state: dict[str, Any] = {"identity": paths.digest([own, seed, n_items, [items.tolist() for items in sequences]])}
     state |= {"curve": [], "best": -1.0, "best_epoch": 0, "best_state": {}, "dtype": "float32"}
     if params.fast and params.loss == "ce":
@@ -402,6 +402,8 @@ def train(
             rng.bit_generator.state = json.loads(saved.pop("numpy"))
             state = saved
             print(f"resumed after epoch {len(state['curve'])}", flush=True)
+        else:
+            print(f"{checkpoint.name} is of other data or parameters: training begins anew", flush=True)
     params = params.model_copy(update={"dtype": state["dtype"]})
     spent = state["curve"][-1]["seconds"] if state["curve"] else 0.0
     started = time.monotonic() - spent

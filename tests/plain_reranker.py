@@ -6,7 +6,7 @@ The oracle of :mod:`corec.reranker` and :mod:`corec.engine`, for the read-out `i
 import torch
 from torch import Tensor
 
-from corec.reranker import Reranker, Row, index_token, ranknet
+from corec.reranker import Reranker, Row, index_token
 
 
 def wanted_tokens(reranker: Reranker, row: Row) -> list[int]:
@@ -24,10 +24,3 @@ def scores(reranker: Reranker, row: Row, last_only: bool) -> Tensor:
         logits = reranker.model(input_ids=ids, use_cache=False, logits_to_keep=1 if last_only else 0).logits
         found.append(logits[0, -1, wanted_tokens(reranker, row)].float())
     return torch.stack(found)
-
-
-def train_step(reranker: Reranker, row: Row, control: Tensor) -> float:
-    """Forward and backward of one request with control scores [K], full logits; returns the loss."""
-    loss = ranknet(scores(reranker, row, last_only=False), control[None])
-    loss.backward()
-    return loss.item()

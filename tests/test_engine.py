@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_reranker
 import pytest
 import torch
 from test_reranker import World, textbook_scores, unlike_start
@@ -16,7 +17,7 @@ LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"tie_word_embeddings": False},
     "qwen3": LLAMA | {"head_dim": 16, "tie_word_embeddings": True},
-    "mistral": LLAMA,
+    "mistral": dict(LLAMA),
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
 }
@@ -68,6 +69,42 @@ def test_packed_and_kept_give_the_scores_of_one_request_alone(world: World, tmp_
         np.testing.assert_allclose(engine.answer(model, prefix, row.suffixes).numpy(), wanted, atol=1e-4)
         one_by_one = [engine.answer(model, prefix, [suffix])[0].numpy() for suffix in row.suffixes]
         np.testing.assert_allclose(one_by_one, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("readout", ["late", "index"])
+def test_merged_it_scores_alike_and_single_requests_too(world: World, tmp_path: Path, kind: str, readout: str) -> None:
+    model = world.build(world.params(backbone=folder(kind, tmp_path), readout=readout))
+    unlike_start(model)
+    wanted = reranker.score(model, world.examples, world.pools, world.requests)
+    merged = engine.merge(model)
+    np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
+    row = reranker.make_rows(merged, world.examples, world.pools.take(np.array([3])), [r[[3]] for r in world.requests])[0]
+    prefix = engine.prefill(merged, row)
+    np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
+    assert engine.merge(merged) is merged, "nothing to merge"
+    merged.prompter.limit = prefix.length + 1
+    with pytest.raises(CorecError, match="exceeds the backbone's"):
+        engine.answer(merged, prefix, row.suffixes)
+
+
+def test_the_plain_oracle_of_the_bench_gives_the_same_scores(world: World) -> None:
+    model = world.build(world.params(readout="index"))
+    unlike_start(model)
+    packed = reranker.score(model, world.examples, world.pools, world.requests)
+    row = reranker.make_rows(model, world.examples, world.pools.take(np.array([2])), [r[[2]] for r in world.requests])[0]
+    for last_only in (True, False):
+        with torch.no_grad():
+            np.testing.assert_allclose(plain_reranker.scores(model, row, last_only).numpy(), packed[2], atol=1e-4)
+
+
+def test_a_packed_prompt_stays_within_a_sliding_window(world: World, tmp_path: Path) -> None:
+    SHAPES["mistral"]["sliding_window"] = 120
+    model = world.build(world.params(backbone=folder("mistral", tmp_path)))
+    del SHAPES["mistral"]["sliding_window"]
+    unlike_start(model)
+    scores = reranker.score(model, world.examples, world.pools, world.requests)
+    np.testing.assert_allclose(scores[1], alone(model, world, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("readout", ["late", "index"])

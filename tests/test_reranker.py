@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_a_number_stops(world: World, tmp_path: Path) -> None
     model = world.build(params)
     with torch.no_grad():
         model.head.candidate.weight[0, 0] = torch.nan
-    with pytest.raises(CorecError, match="not a number at step 0: lower reranker.lr"):
+    with pytest.raises(CorecError, match="gradient is not a number at step 0: lower reranker.lr"):
         reranker.train(model, world.examples, params, None)
     with pytest.raises(CorecError, match=r"at step 0 \(its batch is in .*failed_batch.json\): lower reranker.lr"):
         reranker.train(model, world.examples, params, tmp_path)
@@ -357,19 +357,23 @@ def test_a_prompt_that_is_too_long_is_cut_by_rule_and_counted(world: World, caps
     prompter, window = model.prompter, int(world.pools.window[0])
     given = (world.examples.history[window], world.pools.candidates[0], [world.requests[1][0], world.requests[2][0]])
     whole = prompter.row(*given)
-    prompter.limit = whole.positions - 5
+    prompter.limit = len(whole.prefix) + prompter.reserve - 5
     row = prompter.row(*given)
     lines = len(given[0]) + len(given[1])
-    assert prompter.limit - lines < row.positions <= prompter.limit, "no title is cut further than it must be"
+    assert prompter.limit - lines < len(row.prefix) + prompter.reserve <= prompter.limit, (
+        "no title is cut further than it must be"
+    )
+    assert prompter.row(given[0], given[1], [given[2][0]]).prefix == row.prefix, "whatever is asked"
+    assert max(map(len, row.suffixes)) <= prompter.reserve
     assert row.suffixes == whole.suffixes and len(row.spans) == 6
-    assert prompter.cut == {"rows": 2, "shorter titles": 1, "shorter histories": 0}
+    assert prompter.cut == {"rows": 3, "shorter titles": 2, "shorter histories": 0}
     bare = prompter._row([], given[1], given[2], False, 0)
-    prompter.limit = bare.positions + 4
-    assert prompter.row(*given).positions <= prompter.limit
-    assert prompter.cut == {"rows": 3, "shorter titles": 2, "shorter histories": 1}
-    prompter.limit = bare.positions - 1
+    prompter.limit = len(bare.prefix) + prompter.reserve + 4
+    assert len(prompter.row(*given).prefix) + prompter.reserve <= prompter.limit
+    assert prompter.cut == {"rows": 4, "shorter titles": 3, "shorter histories": 1}
+    prompter.limit = len(bare.prefix) + prompter.reserve - 1
     prompter.report_cut()
-    assert f"prompts cut to the backbone's {prompter.limit} positions: {{'rows': 3, 'shorter t" in capsys.readouterr().out
+    assert f"prompts cut to the backbone's {prompter.limit} positions: {{'rows': 4, 'shorter t" in capsys.readouterr().out
     assert prompter.cut["rows"] == 0
     prompter.report_cut()
     assert not capsys.readouterr().out, "nothing cut, nothing said"
@@ -377,14 +381,24 @@ def test_a_prompt_that_is_too_long_is_cut_by_rule_and_counted(world: World, caps
         prompter.row(*given)
 
 
-def test_want_of_memory_names_the_parameter(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_want_of_memory_names_the_parameter(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     params = world.params()
     model = world.build(params)
+    reranker.train(model, world.examples, params, tmp_path, stop_after=2)
+    lower = world.params(micro_batch=1, eval_batch_size=1)
+    resumed = world.build(lower)
+    reranker.train(resumed, world.examples, lower, tmp_path, stop_after=2)
+    for name, value in model.trainable().items():
+        assert torch.equal(resumed.trainable()[name], value), "what the sentence tells to lower starts nothing anew"
 
     def refuse(*_: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(reranker.Reranker, "forward", refuse)
+    said = "the tensor is not allocated yet"
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        reranker.score(model, world.examples, world.pools, world.requests)
+    said = "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
     with pytest.raises(CorecError, match="The memory is not enough: lower reranker.eval_batch_size"):
         reranker.score(model, world.examples, world.pools, world.requests)
     with pytest.raises(CorecError, match="The memory is not enough: lower reranker.micro_batch"):
