@@ -64,7 +64,7 @@ class SasrecParams(Model):
     max_length: int = Field(100, ge=2)  # latest interactions that the model sees
     # Full softmax; softmax against sampled items; gSASRec's generalised binary cross-entropy; the original, one negative.
     loss: Literal["ce", "sampled", "gbce", "bce"] = "ce"
-    negatives: int = Field(256, ge=1)  # sampled, gbce: items drawn for each batch
+    negatives: int = Field(256, ge=1)  # sampled, gbce: items drawn for each sequence
     gbce_t: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy, 1 calibrated as the full softmax
     lr: float = Field(1e-3, gt=0)
     beta2: float = Field(0.999, gt=0, lt=1)  # of AdamW; the original takes 0.98
@@ -75,7 +75,7 @@ class SasrecParams(Model):
     # Batches of like length, softmax in blocks, dropout from bytes: several times faster, with other random numbers.
     fast: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # fast, ce: of the products with the item table
-    compare_seconds: float = Field(0, ge=0)  # also train all four losses for so long each, to compare them
+    compare_seconds: float = Field(0, ge=0)  # also train all four losses at three rates for so long each, to compare them
     compare_seeds: int = Field(0, ge=0)  # also train with so many seeds (`seed` and the next ones), to see the spread
     top_k: int = Field(50, ge=1)  # candidates written for every window
 

@@ -201,13 +201,14 @@ def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
 
     ``ce``: cross-entropy against the full softmax over all items. ``bce``: the original's binary cross-entropy,
     each true next item against one uniform negative that is not in the same row of `sequences`. ``sampled``: cross-entropy
-    against `negatives` uniform items, the same for the whole batch. ``gbce``: binary cross-entropy against as
-    many, the positive's probability raised to the power beta (Petrov and Macdonald, RecSys 2023), with
-    beta = a (t (1 - 1/a) + 1/a), a = negatives / (n_items - 1), t = `gbce_t`.
+    against `negatives` uniform items, drawn for each row of `sequences` and shared by its positions. ``gbce``: binary
+    cross-entropy against as many, the positive's probability raised to the power beta (Petrov and Macdonald, RecSys
+    2023, who draw them for each position), with beta = a (t (1 - 1/a) + 1/a), a = negatives / (n_items - 1), t = `gbce_t`.
     """
     inputs, targets = sequences[:, :-1], sequences[:, 1:]
     real = targets > 0
-    states, wanted = model(inputs)[real], targets[real]  # [positions, hidden], [positions]
+    encoded = model(inputs)  # [batch, length, hidden]
+    states, wanted = encoded[real], targets[real]  # [positions, hidden], [positions]
     n_items = model.items.num_embeddings - 1
     if params.loss == "ce" and not params.fast:
         return F.cross_entropy(model.scores(states), wanted)
@@ -224,9 +225,11 @@ def loss(model: SASRec, sequences: Tensor, params: SasrecParams) -> Tensor:
         pairs = torch.stack([wanted, negatives[real]], -1)  # [positions, 2]
         logits = (model.items(pairs) * states[:, None]).sum(-1)
         return F.binary_cross_entropy_with_logits(logits, torch.tensor([1.0, 0.0]).to(logits).expand_as(logits))
-    drawn = torch.randint(1, n_items + 1, (params.negatives,), device=sequences.device)
+    drawn = torch.randint(1, n_items + 1, (len(targets), params.negatives), device=sequences.device)
     positive = (states * model.items(wanted)).sum(-1, keepdim=True)  # [positions, 1]
-    negative = (states @ model.items(drawn).T).masked_fill(drawn == wanted[:, None], -torch.inf)  # [positions, negatives]
+    negative = (encoded @ model.items(drawn).mT)[real]  # [positions, negatives]
+    rows = real.nonzero()[:, 0]
+    negative = negative.masked_fill(drawn[rows] == wanted[:, None], -torch.inf)
     if params.loss == "sampled":
         return (torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]).mean()
     share = params.negatives / (n_items - 1)

@@ -23,6 +23,7 @@ from corec.params import Params
 from corec.sasrec import Queries
 
 LOSSES = ("ce", "sampled", "gbce", "bce")
+RATES = (1.0, 0.3, 0.1)  # tried with every loss, times the run's learning rate
 NEIGHBOURS = (500, 200, 100, 50, 20, 10)
 TABLES = ("losses", "loss_curves", "seeds", "seed_curves", "yardsticks")
 
@@ -156,22 +157,38 @@ def test_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[
 
 
 def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The four losses, `compare_seconds` of training each, all else equal: the run's learning rate, constant.
+    """The four losses at equal time: `compare_seconds` of training at each of :data:`RATES`, the best one kept.
+
+    What suits one loss can keep another from learning at all, so each has the constant learning rate with which it
+    reached the best validation NDCG@10 in that time. All else is the run's.
 
     Returns
     -------
-    One row a loss (see :func:`test_row`), and their learning curves.
+    One row a loss and rate (see :func:`test_row`; `chosen` marks the best rate of each loss), and the learning curves
+    of the chosen.
     """
     rows, curves, budget = [], [], settings.sasrec.compare_seconds
     for name in LOSSES:
-        print(f"loss {name}: {budget:.0f} s", flush=True)
-        never = 1_000_000  # epochs: the time alone ends the training
-        own = settings.sasrec.model_copy(update={"loss": name, "decay": False, "epochs": never, "patience": never})
-        trained = sasrec.train(
-            tables.interactions, tables.windows, len(tables.items), own, settings.seed, folder=folder, max_seconds=budget
-        )
-        rows.append({"loss": name, **test_row(trained, tables, settings)})
-        curves.append(trained.curve.rename(columns={"loss": "train_loss"}).assign(loss=name))
+        tried = {}
+        for rate in [float(f"{settings.sasrec.lr * share:.3g}") for share in RATES]:
+            print(f"loss {name}, learning rate {rate:g}: {budget:.0f} s", flush=True)
+            never = 1_000_000  # epochs: the time alone ends the training
+            own = {"loss": name, "lr": rate, "decay": False, "epochs": never, "patience": never}
+            tried[rate] = sasrec.train(
+                tables.interactions,
+                tables.windows,
+                len(tables.items),
+                settings.sasrec.model_copy(update=own),
+                settings.seed,
+                folder=folder and folder / f"{rate:g}",
+                max_seconds=budget,
+            )
+        best = max(tried, key=lambda rate: tried[rate].curve["NDCG@10"].max())
+        rows += [
+            {"loss": name, "lr": rate, "chosen": rate == best, **test_row(trained, tables, settings)}
+            for rate, trained in tried.items()
+        ]
+        curves.append(tried[best].curve.rename(columns={"loss": "train_loss"}).assign(loss=name))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 
 
@@ -213,18 +230,23 @@ def compare(tables: Tables, settings: Params, yardsticks: pd.DataFrame, stage: P
     folder = paths.figures_dir(settings.run if made else "retriever-ml-1m")
     if made:
         made["yardsticks"] = yardsticks.rename_axis("ranker").reset_index()
-        users = windows_of(tables, "test")["user"].nunique()
-        protocol = f"{settings.data.protocol}, all unseen items, epoch by validation NDCG@10"
         for name in TABLES:
             for kind in ("csv", "png"):
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
-        for name, table in made.items():
-            table = table.assign(dataset=settings.data.name, protocol=protocol, n_users=users)
-            paths.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
-            if name.endswith("curves"):
-                draw(table, name.removesuffix("_curves")).savefig(folder / f"{name}.png", dpi=130)
-                plt.close()
+        keep(made, tables, settings, folder)
     return bool(made), {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv")) if path.stem in TABLES}
+
+
+def keep(made: Mapping[str, pd.DataFrame], tables: Tables, settings: Params, folder: Path) -> None:
+    """Write what :func:`compare` has made, with its protocol, and draw the learning curves."""
+    users = windows_of(tables, "test")["user"].nunique()
+    protocol = f"{settings.data.protocol}, all unseen items, epoch by validation NDCG@10"
+    for name, table in made.items():
+        table = table.assign(dataset=settings.data.name, protocol=protocol, n_users=users)
+        paths.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
+        if name.endswith("curves"):
+            draw(table, name.removesuffix("_curves")).savefig(folder / f"{name}.png", dpi=130)
+            plt.close()
 
 
 def draw(curves: pd.DataFrame, by: str) -> Figure:

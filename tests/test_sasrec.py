@@ -184,13 +184,13 @@ def test_losses_against_sampled_items(kind: str) -> None:
     torch.manual_seed(1)
     value = sasrec.loss(model, sequences, params)
     torch.manual_seed(1)
-    drawn = torch.randint(1, 13, (5,)).tolist()
+    drawn = torch.randint(1, 13, (2, 5)).tolist()
     alpha, terms = 5 / 11, []
     beta = alpha * (0.6 * (1 - 1 / alpha) + 1 / alpha)
     for user, position in [(0, 0), (0, 1), (0, 2), (1, 0)]:
         scores = model.scores(model(sequences[user : user + 1, : position + 1])[0, -1])
         target = int(sequences[user, position + 1])
-        others = scores[[item for item in drawn if item != target]]
+        others = scores[[item for item in drawn[user] if item != target]]
         if kind == "sampled":
             terms.append(-torch.cat([scores[target][None], others]).log_softmax(0)[0])
         else:

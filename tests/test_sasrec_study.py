@@ -82,7 +82,11 @@ def test_sampled_ranks_are_those_of_really_drawn_items() -> None:
 
 def test_losses_at_equal_time_and_seeds_side_by_side(tables: data.Tables, tmp_path: Path) -> None:
     table, curves = sasrec_study.by_loss(tables, settings(compare_seconds=0.5, patience=1), tmp_path / "new")
-    assert table["loss"].tolist() == list(sasrec_study.LOSSES)
+    assert table["loss"].tolist() == [name for name in sasrec_study.LOSSES for _ in sasrec_study.RATES]
+    assert set(table["lr"]) == {1e-3, 3e-4, 1e-4} and table["chosen"].sum() == len(sasrec_study.LOSSES)
+    best = table.loc[table.groupby("loss")["valid NDCG@10"].idxmax()].set_index("loss")["valid NDCG@10"]
+    np.testing.assert_allclose(table[table["chosen"]].set_index("loss")["valid NDCG@10"][best.index], best)
+    np.testing.assert_allclose(curves.groupby("loss")["NDCG@10"].max()[best.index], best)
     assert (table["epochs"] > SMALL.epochs).all() and table["seconds"].between(0.2, 1).all(), "the time ends it, not the epochs"
     assert set(curves["loss"]) == set(sasrec_study.LOSSES)
     table, curves = sasrec_study.by_seed(tables, settings(compare_seeds=2, decay=True))
