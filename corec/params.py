@@ -50,7 +50,15 @@ class DataParams(Model):
 # By stage: what changes how a result is computed or kept, or what is compared beside it, but not the result.
 WITHOUT_EFFECT = {
     "sasrec": {"compare_seconds", "compare_seeds"},
-    "reranker": {"micro_batch", "eval_batch_size", "gradient_checkpointing", "checkpoint_steps", "compare_steps"},
+    "reranker": {
+        "micro_batch",
+        "eval_batch_size",
+        "gradient_checkpointing",
+        "checkpoint_steps",
+        "compare_steps",
+        "compare_minutes",
+        "compare_seeds",
+    },
 }
 
 
@@ -132,6 +140,8 @@ class RerankerParams(Model):
     checkpoint_steps: int = Field(20, ge=1)
     eval_batch_size: int = Field(8, ge=1)
     compare_steps: int = Field(0, ge=0)  # also train every read-out for so many plain steps, to compare them
+    compare_minutes: float = Field(0, ge=0)  # also train read-outs before and after for so long each, to compare them
+    compare_seeds: int = Field(3, ge=1)  # with so many seeds each
 
 
 class EvaluationParams(Model):

@@ -774,44 +774,6 @@ def train(
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
 
 
-# Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
-# are about equal.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "index": {"readout": "index"},
-    "candidate: line's end, last layer": {
-        "readout": "candidate",
-        "request_position": "before",
-        "pooling": "end",
-        "layers": "last",
-        "requests_per_window": 1,
-        "batch_size": 8,
-    },
-    "late: line's end, last layer": {"readout": "late", "pooling": "end", "layers": "last"},
-    "late: line's mean, last layer": {"readout": "late", "pooling": "mean", "layers": "last"},
-    "late: line's end, all layers": {"readout": "late", "pooling": "end", "layers": "mix"},
-    "late: line's mean, all layers": {"readout": "late", "pooling": "mean", "layers": "mix"},
-    "late: line's mean, all layers, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
-}
-
-
-def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
-    """Learning curves of every entry of `VARIANTS` on the plain prompt, for `compare_steps` steps each.
-
-    Returns
-    -------
-    The rows of :func:`train` with a column ``readout``.
-    """
-    curves = []
-    for name, changes in VARIANTS.items():
-        print(f"read-out {name}", flush=True)
-        steps = params.reranker.compare_steps
-        changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
-        variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
-        reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
-        curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
-    return pd.concat(curves, ignore_index=True)
-
-
 @torch.inference_mode()
 def token_rows(reranker: Reranker, tokens: Iterable[str]) -> pd.DataFrame:
     """Embedding rows of some tokens, one a row, as they are now."""

@@ -1,0 +1,206 @@
+"""Which read-out learns fastest, and what the order of the prompt costs: trainings side by side, everything else equal."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from corec import evaluation, paths
+from corec.intervals import by_user, intervals
+from corec.params import Params
+from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
+
+# Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
+# are about equal.
+READOUTS: dict[str, dict[str, Any]] = {
+    "index": {"readout": "index"},
+    "candidate: line's end, last layer": {
+        "readout": "candidate",
+        "request_position": "before",
+        "pooling": "end",
+        "layers": "last",
+        "requests_per_window": 1,
+        "batch_size": 8,
+    },
+    "late: line's end, last layer": {"readout": "late", "pooling": "end", "layers": "last"},
+    "late: line's mean, last layer": {"readout": "late", "pooling": "mean", "layers": "last"},
+    "late: line's end, all layers": {"readout": "late", "pooling": "end", "layers": "mix"},
+    "late: line's mean, all layers": {"readout": "late", "pooling": "mean", "layers": "mix"},
+    "late: line's mean, all layers, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
+}
+
+
+def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
+    """Learning curves of every entry of :data:`READOUTS` on the plain prompt, for `compare_steps` steps each.
+
+    Returns
+    -------
+    The rows of :func:`corec.reranker.train` with a column ``readout``.
+    """
+    curves = []
+    for name, changes in READOUTS.items():
+        print(f"read-out {name}", flush=True)
+        steps = params.reranker.compare_steps
+        changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
+        variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
+        reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
+        curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
+    return pd.concat(curves, ignore_index=True)
+
+
+# The paper's order and the packed one. `candidate` after the candidates would not see the request, `late` before them would
+# have none to compare with. One request a row leaves room for twice the windows.
+ALONE = {"request_position": "before", "requests_per_window": 1, "batch_size": 8, "micro_batch": 4}
+ORDERS: dict[str, dict[str, Any]] = {
+    "index, before": {"readout": "index", **ALONE},
+    "candidate, before": {"readout": "candidate", **ALONE},
+    "index, after": {"readout": "index", "request_position": "after"},
+    "late, after": {"readout": "late", "request_position": "after"},
+}
+K = 5
+
+
+def with_reranker(params: Params, **changes: Any) -> Params:
+    """`params` with other values in their section `reranker`."""
+    return params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
+
+
+def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: bool) -> float:
+    """Seconds of one training step's forward and backward pass, the faster of two."""
+    batch, taken = training_batch(examples, with_reranker(params, curriculum_steps=int(plain)), 0), []
+    reranker.model.train()
+    for _ in range(2):
+        started = time.monotonic()
+        backward(reranker, make_rows(reranker, examples, batch.pools, batch.requests, plain), batch.control)
+        taken.append(time.monotonic() - started)
+    for value in reranker.trainable().values():
+        value.grad = None
+    return min(taken)
+
+
+def compare_orders(
+    items: pd.DataFrame, examples: Examples, params: Params, folder: Path
+) -> tuple[dict[tuple[str, int], np.ndarray], pd.DataFrame]:
+    """Train every entry of :data:`ORDERS` with `compare_seeds` seeds, each for `compare_minutes`, and score the test windows.
+
+    Half of the time goes to the plain prompt, half to the whole one: as many steps as a trial step of each foretells. What
+    is done is kept in `folder`, so that a second call goes on after the last whole training.
+
+    Returns
+    -------
+    Scores [windows, R, K] by name and seed, of a request of each of ``controls.n_tokens``, and the trainings' rows (see
+    :func:`corec.reranker.train`) with columns ``variant seed requests``, the supervised requests up to that step.
+    """
+    pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, curves, steps = {}, [], {}
+    own = [paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
+    for seed in range(params.seed, params.seed + params.reranker.compare_seeds):
+        for name, changes in ORDERS.items():
+            minutes = params.reranker.compare_minutes
+            kept = folder / f"{name.replace(', ', '-')}-{seed}-{paths.digest([own, changes, minutes])}.npz"
+            if not kept.exists():
+                variant = with_reranker(params, **changes, max_minutes=minutes).model_copy(update={"seed": seed})
+                reranker = build(items, examples.prepared.table, variant.reranker, seed)
+                if name not in steps:
+                    each = [step_seconds(reranker, examples, variant, plain) for plain in (True, False)]
+                    steps[name] = [max(1, round(30 * minutes / seconds)) for seconds in each]
+                print(f"{name}, seed {seed}: {steps[name][0]} plain and {steps[name][1]} whole steps", flush=True)
+                variant = with_reranker(variant, curriculum_steps=steps[name][0], steps=steps[name][1])
+                curve = train(reranker, examples, variant, None)
+                found = score(reranker, examples, pools, requests, report=name)
+                with kept.with_suffix(".part").open("wb") as file:
+                    np.savez(file, scores=found, curve=curve.to_numpy(dtype=float))
+                kept.with_suffix(".part").replace(kept)
+                del reranker
+            saved = np.load(kept)
+            scores[name, seed] = saved["scores"]
+            curve = pd.DataFrame(saved["curve"], columns=["step", "plain", "loss", "seconds", "tokens"])
+            asked = {
+                "batch_size": params.reranker.batch_size,
+                "requests_per_window": params.reranker.requests_per_window,
+            } | changes
+            each_step = asked["batch_size"] * asked["requests_per_window"]
+            curves.append(curve.assign(variant=name, seed=seed, requests=each_step * (curve["step"] + 1)))
+    return scores, pd.concat(curves, ignore_index=True)
+
+
+def judge_orders(
+    scores: Mapping[tuple[str, int], np.ndarray], examples: Examples, users: np.ndarray, params: Params
+) -> pd.DataFrame:
+    """CP@5 (all wishes met) and NDCG@5 of the scores alone, without the retriever's, by the number of control tokens.
+
+    Parameters
+    ----------
+    scores
+        Of :func:`compare_orders`.
+    users
+        User of each test window.
+
+    Returns
+    -------
+    Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high lowest highest seeds n_users K minutes
+    dataset protocol``: mean over seeds
+    with its interval (bootstrap over users), by how much it is ahead of ``index, before`` on the same users, and the range of
+    the seeds. ``sasrec`` and ``rule`` are there for comparison.
+    """
+    pools = examples.prepared.pools["test"]
+    keys, columns, ranges = [], [], []
+    for place, n in enumerate(params.controls.n_tokens):
+        judged = evaluation.judge(pools, examples.prepared.requests["test", n], examples.prepared.table.values_of)
+        orders = {"sasrec": [evaluation.retriever_order(pools)], "rule": [evaluation.rule_order(pools, judged.met)]}
+        for (name, _), found in scores.items():
+            orders.setdefault(name, []).append(evaluation.order_by(found[:, place]))
+        for metric, key in (("cp", ("cp", K, n)), ("ndcg", ("ndcg", K, 0)))[not n :]:
+            for name, of in orders.items():
+                seeds = np.stack([evaluation.by_window(order, judged, [K])[key] for order in of])  # [seeds, windows]
+                each = by_user(seeds.T.astype(float), users).mean(axis=0)
+                keys.append((name, n, metric))
+                columns.append(seeds.mean(axis=0))
+                ranges.append((each.min(), each.max(), len(of)))
+    values = by_user(np.stack(columns, axis=1).astype(float), users)
+    base = [keys.index(("index, before", n, metric)) for _, n, metric in keys]
+    both = np.concatenate([values, values - values[:, base]], axis=1)
+    middle, (low, high), count = both.mean(axis=0), intervals(both, params.evaluation, params.seed), len(keys)
+    table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).assign(
+        value=middle[:count], low=low[:count], high=high[:count],
+        ahead=middle[count:], ahead_low=low[count:], ahead_high=high[count:],
+    )  # fmt: skip
+    table[["lowest", "highest", "seeds"]] = ranges
+    about = {"n_users": len(values), "K": pools.candidates.shape[1], "minutes": params.reranker.compare_minutes}
+    return table.astype({"seeds": int}).assign(dataset=params.data.name, protocol=params.controls.protocol, **about)
+
+
+def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> None:
+    """Write the tables of :func:`judge_orders` and :func:`compare_orders`, and their picture."""
+    for name, rows in (("orders", table), ("order_curves", curves)):
+        paths.write_text(folder / f"{name}.csv", rows.to_csv(index=False, float_format="%.5g"))
+    draw_orders(curves, table).savefig(folder / "orders.png", dpi=130)
+    plt.close()
+
+
+def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Training loss over time and over requests, and CP@5 by tokens with intervals."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    curves = curves.assign(smoothed=curves.groupby(["variant", "seed"])["loss"].transform(lambda loss: loss.ewm(span=8).mean()))
+    for axis, of in zip(axes, ("seconds", "requests"), strict=False):
+        sns.lineplot(
+            curves, x=of, y="smoothed", hue="variant", units="seed", estimator=None, linewidth=0.9, legend=False, ax=axis
+        )
+        axis.set(ylabel="RankNet loss (0.69 = chance)", xlabel={"requests": "supervised requests"}.get(of, of))
+    axes[1].set(xscale="log")
+    view = table[(table["metric"] == "cp") & ~table["variant"].eq("sasrec")]
+    for shift, name in enumerate([*ORDERS, "rule"]):
+        rows = view[view["variant"] == name]
+        look = {"fmt": "o", "markersize": 4, "label": name, "color": sns.color_palette()[shift] if name in ORDERS else "grey"}
+        places = rows["n_tokens"] + 0.08 * (shift - 2)
+        axes[2].errorbar(places, rows["value"], yerr=evaluation.error_bars(rows), **look)
+    axes[2].set(xlabel="control tokens", ylabel=f"CP@{K}, all wishes met", xticks=sorted(view["n_tokens"].unique()))
+    axes[2].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
+    return figure
