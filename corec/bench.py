@@ -152,6 +152,17 @@ def now() -> float:
     return time.perf_counter()
 
 
+def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float]:
+    """Median and 95th percentile of the seconds of `times` calls, after one that warms up."""
+    work(0)
+    taken = []
+    for number in range(times):
+        start = now()
+        work(number)
+        taken.append(now() - start)
+    return float(np.median(taken)), float(np.quantile(taken, 0.95))
+
+
 def oracle(name: str) -> Any:
     """A plain version that lies in the tests.
 

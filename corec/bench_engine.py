@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from corec import controls, data, engine, params, paths, reranker
-from corec.bench import Figure, now, oracle, seconds
+from corec.bench import Figure, oracle, percentiles, seconds
 
 REQUESTS = 8
 
@@ -29,17 +29,6 @@ def world(k: int, windows: int) -> tuple[Any, Any, Any]:
     prepared = controls.prepare(some, frame, tables.items, own, seed=0)
     model = reranker.build(tables.items, prepared.table, settings.reranker, seed=0)
     return settings, reranker.load_examples(some, prepared), model
-
-
-def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float]:
-    """Median and 95th percentile of the seconds of `times` calls, after one that warms up."""
-    work(0)
-    taken = []
-    for number in range(times):
-        start = now()
-        work(number)
-        taken.append(now() - start)
-    return float(np.median(taken)), float(np.quantile(taken, 0.95))
 
 
 def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], float]:

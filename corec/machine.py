@@ -6,6 +6,11 @@ import time
 import torch
 
 
+def device() -> str:
+    """Where models go: a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def resolve_dtype(name: str) -> torch.dtype:
     """The number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.

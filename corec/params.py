@@ -159,6 +159,15 @@ class FiguresParams(Model):
     k: int = Field(5, ge=1)
 
 
+class EfficiencyParams(Model):
+    """Stage 09: what is timed."""
+
+    ks: list[PositiveInt] = [10, 20, 50]  # candidates re-ranked
+    repeats: int = Field(20, ge=2)  # calls of each, for the percentiles
+    users: int = Field(16, ge=1)  # test users of the throughput
+    usd_per_hour: float = Field(0.10, gt=0)  # what an hour of the machine costs: state yours
+
+
 class Params(Model):
     """All of a run."""
 
@@ -170,6 +179,7 @@ class Params(Model):
     reranker: RerankerParams = RerankerParams()
     evaluation: EvaluationParams = EvaluationParams()
     figures: FiguresParams = FiguresParams()
+    efficiency: EfficiencyParams = EfficiencyParams()
 
 
 def validate(values: Mapping[str, Any], origin: str) -> Params:
@@ -207,6 +217,8 @@ def validate(values: Mapping[str, Any], origin: str) -> Params:
             f"{origin}: figures.k is {k}: choose one of evaluation.ks ({params.evaluation.ks}) below controls.k "
             f"({params.controls.k})."
         )
+    if (k := max(params.efficiency.ks)) > 50:
+        raise CorecError(f"{origin}: efficiency.ks lists {k}: the re-ranker takes at most 50 candidates, name no more.")
     if params.reranker.readout == "candidate" and params.reranker.request_position == "after":
         raise CorecError(
             f"{origin}: reranker.readout 'candidate' reads states that must have seen the request: "

@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "reranker": "04_reranker",
     "evaluation": "05_evaluation",
     "figures": "06_figures",
+    "efficiency": "09_efficiency",
 }
 
 

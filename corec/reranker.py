@@ -439,7 +439,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     prompter = Prompter(tokenizer, items, table, params, positions(model.config, packs))
     return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs)
 

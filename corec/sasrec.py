@@ -382,7 +382,7 @@ def train(
     torch.manual_seed(seed)
     sequences = list(items_by_user(interactions[interactions["split"] == "train"]).values())
     valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     model = SASRec(n_items, params).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=params.lr, betas=(0.9, params.beta2), weight_decay=1e-4, fused=params.fast

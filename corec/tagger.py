@@ -74,7 +74,7 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
     new = sorted({title for title in titles if title not in known})
     if new:
         model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = machine.device()
         model = model.eval().to(device)
         before = tokenizer(PROMPT[0])["input_ids"]  # with the token that begins a text, where the model has one
         after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]

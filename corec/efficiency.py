@@ -1,0 +1,133 @@
+"""Stage 09: what a ranked list costs: latency and throughput of retrieval and of re-ranking, and the price of a thousand.
+
+A *list* is K items for one user under one request. Latency is that of one list at a time, from tokens to scores; throughput
+that of lists computed together. The re-ranker has its adapter merged into the backbone, as one would serve it.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from corec import controls, engine, machine, paths, reranker, sasrec
+from corec.bench import now, percentiles
+from corec.data import Tables
+from corec.params import Params
+from corec.reranker import Examples, Reranker
+from corec.sasrec import SASRec
+
+SYSTEMS = ("SASRec alone", "re-ranking, from nothing", "re-ranking, prefix kept")
+
+
+def load_retriever(run: str, n_items: int, params: Params) -> SASRec:
+    """The retriever that stage 02 of a run has left (raises CorecError when it has not finished)."""
+    paths.require(run, "sasrec")
+    model = SASRec(n_items, params.sasrec)
+    model.load_state_dict(load_file(paths.stage_dir(run, "sasrec") / "model.safetensors"))
+    return model.to(machine.device()).eval()
+
+
+def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, model: Reranker, params: Params) -> pd.DataFrame:
+    """Time every one of :data:`SYSTEMS` for each K of ``efficiency.ks`` and each number of control tokens.
+
+    Requests are drawn from the retriever's own K candidates as in stage 03, one a user. `model` is changed: its
+    adapter is merged.
+
+    Returns
+    -------
+    Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``;
+    the price is that of the machine's time at `lists_per_s`. Retrieval has no `n_tokens`. ``prefix kept`` is missing where the
+    order of the prompt or the architecture keeps nothing (see :func:`corec.engine.prefill`); its lists are made one after
+    the other, and its price leaves out the prefix.
+    """
+    own, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
+    few = windows.sample(n=min(own.users, len(windows)), random_state=params.seed)
+    merged = engine.merge(model)
+    rng, rows = np.random.default_rng([params.seed, 9]), []
+    for k in own.ks:
+        print(f"K = {k}", flush=True)
+        start = now()
+        sasrec.candidates(retriever, tables.interactions, windows, params.sasrec.model_copy(update={"top_k": k}))
+        rate = len(windows) / (now() - start)
+        each, found = retrieval(tables, few, retriever, params, k)
+        rows.append({"system": SYSTEMS[0], "K": k, **each, "lists_per_s": rate})
+        pools = controls.make_pools(few, found, k, params.seed)
+        examples = Examples(dict(zip(few["window"], map(list, few["history"]), strict=True)), prepared)
+        for n in params.controls.n_tokens:
+            requests = controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng)
+            rows += [{"K": k, "n_tokens": n, **row} for row in reranking(merged, examples, pools, requests, params)]
+    table = pd.DataFrame(rows)
+    hours = 1000 / table["lists_per_s"] / 3600
+    table["items_per_s"], table["usd_per_1000"] = table["K"] * table["lists_per_s"], own.usd_per_hour * hours
+    order = ["system", "K", "n_tokens", "p50_ms", "p95_ms", "lists_per_s", "items_per_s", "prompt_tokens", "usd_per_1000"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    about = {"backbone": params.reranker.backbone, "dtype": str(merged.causal.dtype).removeprefix("torch."), "device": device}
+    return table[order].astype({"n_tokens": "Int64"}).assign(dataset=params.data.name, **about)
+
+
+def retrieval(
+    tables: Tables, few: pd.DataFrame, retriever: SASRec, params: Params, k: int
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Latency of one user's K candidates, and the candidates of the windows `few` as stage 02 writes them."""
+    wanted = sasrec.queries(tables.interactions, few, params.sasrec.max_length)
+
+    def find(number: int) -> Any:
+        place = number % len(few)
+        state = sasrec.encode(retriever, [wanted.inputs[place]])
+        return sasrec.retrieve(retriever, state, wanted.seen[place], np.array([len(wanted.seen[place])]), k)
+
+    middle, high = percentiles(find, params.efficiency.repeats)
+    best = [find(place) for place in range(len(few))]
+    found = {"candidates": [b.indices[0].cpu().numpy() for b in best], "scores": [b.values[0].cpu().numpy() for b in best]}
+    return {"p50_ms": 1e3 * middle, "p95_ms": 1e3 * high}, pd.DataFrame({"window": few["window"].to_numpy(), **found})
+
+
+def reranking(
+    model: Reranker, examples: Examples, pools: controls.Pools, requests: np.ndarray, params: Params
+) -> Iterator[dict[str, Any]]:
+    """Rows of :func:`measure` for one K and requests [windows, n]."""
+    rows = reranker.make_rows(model, examples, pools, [requests])
+    times, length = params.efficiency.repeats, np.mean([len(row.prefix) + len(row.suffixes[0]) for row in rows])
+    start = now()
+    reranker.score(model, examples, pools, [requests])
+    rate = len(rows) / (now() - start)
+    with torch.inference_mode():
+        middle, high = percentiles(lambda i: model.forward([rows[i % len(rows)]]).cpu(), times)
+    yield {
+        "system": SYSTEMS[1], "p50_ms": 1e3 * middle, "p95_ms": 1e3 * high, "lists_per_s": rate, "prompt_tokens": length,
+    }  # fmt: skip
+    if not model.packs or model.params.request_position == "before":
+        return
+    kept = engine.prefill(model, rows[0])
+    middle, high = percentiles(lambda i: engine.answer(model, kept, rows[i % len(rows)].suffixes).cpu(), times)
+    length = np.mean([len(row.suffixes[0]) for row in rows])
+    yield {
+        "system": SYSTEMS[2], "p50_ms": 1e3 * middle, "p95_ms": 1e3 * high, "lists_per_s": 1 / middle, "prompt_tokens": length,
+    }  # fmt: skip
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Latency and throughput by K, one line a system, one point a number of control tokens."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists a second"), strict=True):
+        sns.lineplot(table, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
+        axis.set(ylabel=label, yscale="log", xticks=sorted(table["K"].unique()))
+    axes[1].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
+    return figure
+
+
+def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the table and its picture; returns the files."""
+    files = [folder / "efficiency.csv", folder / "efficiency.png"]
+    paths.write_text(files[0], table.to_csv(index=False, float_format="%.4g"))
+    draw(table).savefig(files[1], dpi=130)
+    plt.close()
+    return files

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_reranker import World
+
+from corec import CorecError, efficiency, params, sasrec
+from corec.params import EfficiencyParams, Params, SasrecParams
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    return World(atomic, k=6)
+
+
+def settings(world: World, **changes: object) -> Params:
+    sizes = {"sasrec": SasrecParams(hidden=16, max_length=10), "efficiency": EfficiencyParams(ks=[3, 6], repeats=4, users=5)}
+    return world.params(**changes).model_copy(update=sizes)
+
+
+def retriever(world: World) -> sasrec.SASRec:
+    torch.manual_seed(0)
+    return sasrec.SASRec(len(world.tables.items), SasrecParams(hidden=16, max_length=10)).eval()
+
+
+def test_every_system_at_every_k_and_number_of_tokens(world: World, tmp_path: Path) -> None:
+    own = settings(world)
+    table = efficiency.measure(world.tables, world.prepared, retriever(world), world.build(own), own)
+    assert len(table) == 2 * (1 + 3 + 3), "two K; retrieval once, two ways to re-rank with 0, 1 and 2 tokens"
+    assert set(table["system"]) == set(efficiency.SYSTEMS)
+    alone = table["system"] == efficiency.SYSTEMS[0]
+    assert table.loc[alone, "n_tokens"].isna().all() and table.loc[~alone, "n_tokens"].isin([0, 1, 2]).all()
+    assert (table["p95_ms"] >= table["p50_ms"]).all() and (table["p50_ms"] > 0).all()
+    np.testing.assert_allclose(table["items_per_s"], table["K"] * table["lists_per_s"])
+    np.testing.assert_allclose(table["usd_per_1000"] * table["lists_per_s"], 0.10 * 1000 / 3600)
+    long = table[table["system"] == efficiency.SYSTEMS[1]].set_index(["K", "n_tokens"])["prompt_tokens"]
+    assert long[6, 1] > long[3, 1] and long[3, 2] > long[3, 0]
+    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png"}
+
+
+def test_without_a_shared_prefix_nothing_is_kept(world: World) -> None:
+    own = settings(world, readout="index", request_position="before")
+    table = efficiency.measure(world.tables, world.prepared, retriever(world), world.build(own), own)
+    assert set(table["system"]) == set(efficiency.SYSTEMS[:2])
+
+
+def test_candidates_are_the_retrievers(world: World) -> None:
+    model, own = retriever(world), settings(world)
+    few = world.tables.windows.query("split == 'test'")
+    found = efficiency.retrieval(world.tables, few, model, own, 6)[1]
+    want = sasrec.candidates(model, world.tables.interactions, few, own.sasrec.model_copy(update={"top_k": 6}))
+    assert found["window"].tolist() == want["window"].tolist()
+    assert (np.stack(list(found["candidates"])) == np.stack(list(want["candidates"]))).all()
+
+
+def test_more_candidates_than_the_reranker_takes() -> None:
+    with pytest.raises(CorecError, match="efficiency.ks lists 60: the re-ranker takes at most 50"):
+        params.validate({"efficiency": {"ks": [10, 60]}}, "here")
