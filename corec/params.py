@@ -162,7 +162,7 @@ class FiguresParams(Model):
 class EfficiencyParams(Model):
     """Stage 09: what is timed."""
 
-    ks: list[PositiveInt] = [10, 20, 50]  # candidates re-ranked
+    ks: list[PositiveInt] = Field([10, 20, 50], min_length=1)  # candidates re-ranked
     repeats: int = Field(20, ge=2)  # calls of each, for the percentiles
     users: int = Field(16, ge=1)  # test users of the throughput
     usd_per_hour: float = Field(0.10, gt=0)  # what an hour of the machine costs: state yours
