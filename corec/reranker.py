@@ -12,8 +12,10 @@ Read-outs (`late` and `candidate` are ours, for small backbones):
 - ``late``: s_i = (P h_i) · (Q g) / sqrt(width) + w · h_i, with g the state of the request that follows.
 """
 
+import argparse
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corec import CorecError, backbones, controls, machine, paths
+from corec import CorecError, backbones, controls, data, machine, parallel, paths
+from corec import params as parameters
 from corec.controls import Pools, Vocabulary
+from corec.parallel import ALONE, Devices
 from corec.params import Params, RerankerParams
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -619,16 +623,20 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
 
 
 class Master:
-    """Adam on float32 copies of the parameters: bfloat16 alone would swallow small updates."""
+    """Adam on float32 copies of the parameters: bfloat16 alone would swallow small updates.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams) -> None:
-        self.parameters = parameters
-        self.copies = {name: value.detach().float().clone().requires_grad_() for name, value in parameters.items()}
+    Where the parameters are sharded, each process holds and moves its own part (see :mod:`corec.parallel`).
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams, devices: Devices = ALONE) -> None:
+        self.parameters, self.devices = parameters, devices
+        self.copies = {
+            name: parallel.local(value).detach().float().clone().requires_grad_() for name, value in parameters.items()
+        }
         rates = {"head": params.lr_head, "rows": params.lr_rows, "adapter": params.lr}
-        groups = [
-            {"params": [copy for name, copy in self.copies.items() if self.kind(name) == kind], "base": rate}
-            for kind, rate in rates.items()
-        ]
+        by_kind = {kind: [name for name in self.copies if self.kind(name) == kind] for kind in rates}
+        self.names = [name for names in by_kind.values() for name in names]  # in the optimiser's order
+        groups = [{"params": [self.copies[n] for n in by_kind[kind]], "base": rate} for kind, rate in rates.items()]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
 
     @staticmethod
@@ -639,13 +647,24 @@ class Master:
     def step(self, scale: float) -> float:
         """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it.
 
-        A gradient that is not finite changes nothing.
+        Gradients are summed over all processes first. One that is not finite changes nothing.
         """
+        shards: list[Tensor] = []
+        copied: list[Tensor] = []
         for name, copy in self.copies.items():
             gradient = self.parameters[name].grad
-            copy.grad = None if gradient is None else gradient.float()
+            copy.grad = None if gradient is None else parallel.local(gradient).float()
             self.parameters[name].grad = None
-        norm = nn.utils.clip_grad_norm_(self.copies.values(), 1.0)
+            if copy.grad is not None:
+                (shards if parallel.is_sharded(self.parameters[name]) else copied).append(copy.grad)
+        self.devices.add_up(copied)
+        if shards:
+            none = torch.zeros((), device=shards[0].device)
+            there, here = (sum((gradient.square().sum() for gradient in some), none) for some in (shards, copied))
+            norm = (self.devices.total(float(there)) + here).sqrt()
+            nn.utils.clip_grads_with_norm_(self.copies.values(), 1.0, norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.copies.values(), 1.0)
         if not norm.isfinite():
             return float(norm)
         for group in self.optimizer.param_groups:
@@ -658,7 +677,29 @@ class Master:
     def copy_back(self) -> None:
         """Write the copies into the model."""
         for name, copy in self.copies.items():
-            self.parameters[name].copy_(copy)
+            parallel.local(self.parameters[name]).copy_(copy)
+
+    def state(self) -> dict[str, Any]:
+        """Copies and Adam's state, put together from all processes: what a checkpoint holds."""
+        found = self.optimizer.state_dict()
+        moments = {
+            i: {key: parallel.whole(v, self.parameters[self.names[i]]) if v.ndim else v for key, v in each.items()}
+            for i, each in found["state"].items()
+        }
+        copies = {name: parallel.whole(copy.detach(), self.parameters[name]) for name, copy in self.copies.items()}
+        return {"copies": copies, "optimizer": found | {"state": moments}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take up a :meth:`state`, of however many processes, and write it into the model."""
+        with torch.no_grad():
+            for name, copy in self.copies.items():
+                copy.copy_(parallel.part(saved["copies"][name], self.parameters[name]))
+        moments = {
+            i: {key: parallel.part(v, self.parameters[self.names[i]]) if v.ndim else v for key, v in each.items()}
+            for i, each in saved["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
+        self.copy_back()
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -668,8 +709,10 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
 
 
-def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray) -> float:
+def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray, of: int | None = None) -> float:
     """Add the gradient of the batch's loss, a few windows in memory at a time; returns the loss.
+
+    Windows of like length share a pass, so that little padding is computed.
 
     Parameters
     ----------
@@ -677,22 +720,31 @@ def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray) -> fl
         Of all windows, in order (see :func:`make_rows`).
     control
         Control scores [windows, R, K].
+    of
+        Windows of the whole batch, where these are a share of it: the loss is their part of its mean.
     """
     windows, total = len(control), 0.0
     per_window = len(rows) // windows
+    groups = [rows[i * per_window : (i + 1) * per_window] for i in range(windows)]
+    order = sorted(range(windows), key=lambda i: max(len(row.prefix) for row in groups[i]))
     for start in range(0, windows, reranker.params.micro_batch):
-        part = slice(start, min(start + reranker.params.micro_batch, windows))
+        some = order[start : start + reranker.params.micro_batch]
         with memory_for("micro_batch"):
-            scores = reranker.forward(rows[part.start * per_window : part.stop * per_window])
-            wanted = torch.from_numpy(control[part]).to(reranker.device)
-            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
+            scores = reranker.forward([row for i in some for row in groups[i]])
+            wanted = torch.from_numpy(control[some]).to(reranker.device)
+            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / (of or windows))
             loss.backward()
         total += loss.item()
     return total
 
 
 def train(
-    reranker: Reranker, examples: Examples, params: Params, folder: Path | None, stop_after: int | None = None
+    reranker: Reranker,
+    examples: Examples,
+    params: Params,
+    folder: Path | None,
+    stop_after: int | None = None,
+    devices: Devices = ALONE,
 ) -> pd.DataFrame:
     """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
 
@@ -705,6 +757,8 @@ def train(
         Where checkpoints go; without one none is kept.
     stop_after
         Stop after so many steps, as if interrupted.
+    devices
+        The processes among which each step's windows are shared (see :mod:`corec.parallel`).
 
     Returns
     -------
@@ -713,40 +767,49 @@ def train(
     Raises
     ------
     CorecError
-        When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), or the memory is not enough.
+        When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), the memory is not enough, or a
+        step's windows cannot be shared equally.
     """
     settings = params.reranker
-    master = Master(reranker.trainable(), settings)
+    master = Master(reranker.trainable(), settings, devices)
     total = settings.curriculum_steps + settings.steps
     checkpoint, rows, spent = folder / "checkpoint.pt" if folder else None, [], 0.0
     identity = paths.digest([paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])
+    say = print if devices.first else lambda *_, **__: None
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=reranker.device, weights_only=True)
         if saved["identity"] == identity:
             rows, spent = saved["rows"], saved["spent"]
-            with torch.no_grad():
-                for name, copy in master.copies.items():
-                    copy.copy_(saved["copies"][name])
-            master.copy_back()
-            master.optimizer.load_state_dict(saved["optimizer"])
-            print(f"resumed after step {len(rows)}", flush=True)
+            master.load(saved)
+            say(f"resumed after step {len(rows)}", flush=True)
         else:
-            print(f"{checkpoint.name} is of other data or parameters: training begins anew", flush=True)
+            say(f"{checkpoint.name} is of other data or parameters: training begins anew", flush=True)
+
+    def keep() -> None:
+        state = {"identity": identity, "rows": rows, "spent": spent} | master.state()
+        if checkpoint and devices.first:
+            part = checkpoint.with_suffix(".part")
+            torch.save(state, part)
+            part.replace(checkpoint)
+
     started, shown = time.monotonic() - spent, time.monotonic()
-    end = min(total, stop_after or total)
-    while len(rows) < end and time.monotonic() - started < 60 * settings.max_minutes:
+    end, before = min(total, stop_after or total), len(rows)
+    while len(rows) < end and spent < 60 * settings.max_minutes:
         step = len(rows)
         reranker.model.train()
-        torch.manual_seed(params.seed * 1_000_003 + step)
+        torch.manual_seed(params.seed * 1_000_003 + step + (devices.rank << 32))
         batch = training_batch(examples, params, step)
-        prompts = make_rows(reranker, examples, batch.pools, batch.requests, batch.plain)
-        value = backward(reranker, prompts, batch.control)
-        spent = time.monotonic() - started
+        mine = devices.share(len(batch.control))
+        places = np.arange(len(batch.control))[mine]
+        asked = [request[mine] for request in batch.requests]
+        prompts = make_rows(reranker, examples, batch.pools.take(places), asked, batch.plain)
+        value = devices.total(backward(reranker, prompts, batch.control[mine], len(batch.control)))
+        spent = devices.agreed(time.monotonic() - started)
         late = spent / (step + 1) * total > 60 * settings.max_minutes and spent > 60
         progress = spent / (60 * settings.max_minutes) if late else step / total
         if not math.isfinite(master.step(schedule(progress, settings.warmup)) + value):
             where = ""
-            if folder:
+            if folder and devices.first:
                 kept = {
                     "step": step,
                     "plain": batch.plain,
@@ -759,17 +822,16 @@ def train(
             raise CorecError(
                 f"The training loss or its gradient is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head."
             )
-        tokens = sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)
+        tokens = round(devices.total(sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)))
         rows.append([step, batch.plain, value, spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:
             recent = np.mean([row[2] for row in rows[-10:]])
-            print(f"step {step + 1} of {end}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)
+            say(f"step {step + 1} of {end}: loss {recent:.3f}, {spent / 60:.1f} min", flush=True)
             shown = time.monotonic()
         if checkpoint and len(rows) % settings.checkpoint_steps == 0 and len(rows) < total:
-            part = checkpoint.with_suffix(".part")
-            state = {"identity": identity, "rows": rows, "spent": spent, "copies": master.copies}
-            torch.save(state | {"optimizer": master.optimizer.state_dict()}, part)
-            part.replace(checkpoint)
+            keep()
+    if checkpoint and not stop_after and len(rows) > before:
+        keep()
     reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
 
@@ -837,3 +899,42 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
     return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params, bare.packs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fine-tune on all processes of ``accelerate launch``; returns the exit status.
+
+    It takes stages 01 to 03 of the run as the notebooks left them, and leaves a checkpoint with which notebook 4, run with the
+    same parameters, goes on: there nothing is trained again.
+    """
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m corec.reranker", description="Fine-tune the re-ranker of a run on several devices."
+    )
+    parser.add_argument("--params", type=Path, required=True, help="parameter file, e.g. params/amazon-electronics.yaml")
+    given = parser.parse_args(arguments)
+    try:
+        settings = parameters.load(given.params)
+        paths.check(settings, "controls")
+        devices = parallel.join()
+        tables, prepared = data.load(settings.run), controls.load(settings.run)
+        examples = load_examples(tables.windows, prepared)
+        with parallel.one_first():
+            reranker = build(tables.items, prepared.table, settings.reranker, settings.seed)
+        if devices.sharded:
+            parallel.shard(reranker.causal, devices)
+        folder = paths.stage_dir(settings.run, "reranker")
+        folder.mkdir(parents=True, exist_ok=True)
+        curve = train(reranker, examples, settings, folder, devices=devices)
+    except CorecError as error:
+        print(f"corec: {error}", file=sys.stderr)
+        return 1
+    if devices.first:
+        print(
+            f"{len(curve)} steps on {devices.size} processes are kept in {folder / 'checkpoint.pt'}: notebooks/04_reranker.ipynb "
+            "with the same parameters goes on from there."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
