@@ -77,8 +77,9 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
             slow = seconds(lambda: [plain.scores(model, rows[i], last) for i in some]) / len(some)  # noqa: B023
             yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
         whole, _ = percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
-        yield from rate(model, rows)
-    yield from one_by_one(engine.merge(model), rows, whole, plain)
+        merged = engine.merge(model)
+        yield from rate(merged, rows)
+    yield from one_by_one(merged, rows, whole, plain)
 
 
 def single(rows: list[reranker.Row], number: int) -> reranker.Row:

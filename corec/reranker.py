@@ -292,9 +292,8 @@ class Head(nn.Module):
 
     def pool(self, weights: Tensor, states: Sequence[Tensor]) -> Tensor:
         """Mixed, pooled states [batch, N, hidden] of `states` [batch, L, hidden] a layer, by `weights` [batch, N, L]."""
-        shares = self.mix.softmax(0)
-        pooled = (F.layer_norm(weights @ layer.float(), layer.shape[-1:]) for layer in states)
-        return sum((share * layer for share, layer in zip(shares, pooled, strict=True)), start=torch.zeros(()))
+        pooled = torch.stack([weights @ layer.float() for layer in states])  # [layers, batch, N, hidden]
+        return torch.tensordot(self.mix.softmax(0), F.layer_norm(pooled, pooled.shape[-1:]), dims=1)
 
     def forward(self, candidates: Tensor, requests: Tensor) -> Tensor:
         """Scores [batch, R, K] of states [batch, K, hidden] under requests [batch, R, hidden]."""
@@ -328,6 +327,7 @@ class Reranker:
     prompter: Prompter
     params: RerankerParams
     packs: bool = True  # the architecture lets requests share a prefix (see :func:`can_pack`)
+    fused: Any = None  # the backbone's layers in fewer operations, for scoring (see :func:`corec.engine.merge`)
 
     @property
     def device(self) -> torch.device:
@@ -356,6 +356,9 @@ class Reranker:
     def states(self, ids: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
         """States [batch, L, hidden] of those layers that the read-out takes; a given `cache` is read and added to."""
         mixed = self.params.readout != "index" and self.params.layers == "mix"
+        if self.fused is not None and positions is not None:
+            layers = self.fused(self.embed(ids), positions, mask, cache)
+            return layers if mixed else layers[-1:]
         output = self.causal.base_model(
             inputs_embeds=self.embed(ids),
             position_ids=positions,
@@ -386,7 +389,8 @@ class Reranker:
         if self.params.readout == "index":
             last = layers[-1][torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
             return self.index_logits(last, len(rows[0].spans))
-        return self.head(*(self.head.pool(weights, layers) for weights in (batch.candidates, batch.requests)))
+        pooled = self.head.pool(torch.cat([batch.candidates, batch.requests], dim=1), layers)
+        return self.head(*pooled.split([batch.candidates.shape[1], batch.requests.shape[1]], dim=1))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""

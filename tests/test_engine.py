@@ -11,11 +11,12 @@ import torch
 from test_reranker import World, textbook_scores, unlike_start
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corec import CorecError, backbones, engine, reranker
+from corec import CorecError, backbones, engine, fused, reranker
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA | {"tie_word_embeddings": False},
+    "qwen2": dict(LLAMA),
     "qwen3": LLAMA | {"head_dim": 16, "tie_word_embeddings": True},
     "mistral": dict(LLAMA),
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -71,21 +72,53 @@ def test_packed_and_kept_give_the_scores_of_one_request_alone(world: World, tmp_
         np.testing.assert_allclose(one_by_one, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("readout", ["late", "index"])
-def test_merged_it_scores_alike_and_single_requests_too(world: World, tmp_path: Path, kind: str, readout: str) -> None:
+def test_merged_it_scores_alike_and_single_requests_too(
+    world: World, tmp_path: Path, kind: str, readout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = world.build(world.params(backbone=folder(kind, tmp_path), readout=readout))
     unlike_start(model)
     wanted = reranker.score(model, world.examples, world.pools, world.requests)
     merged = engine.merge(model)
+    assert (merged.fused is not None) == (kind in ("llama", "qwen2", "qwen3", "mistral"))
     np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
     row = reranker.make_rows(merged, world.examples, world.pools.take(np.array([3])), [r[[3]] for r in world.requests])[0]
     prefix = engine.prefill(merged, row)
     np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
     assert engine.merge(merged) is merged, "nothing to merge"
+    if merged.fused:
+        for name, few in (("a few tokens", 10_000), ("many tokens", 0)):  # both orders of a product
+            monkeypatch.setattr(fused, "FEW", few)
+            again = reranker.score(merged, world.examples, world.pools, world.requests)
+            np.testing.assert_allclose(again, wanted, atol=1e-4, err_msg=name)
     merged.prompter.limit = prefix.length + 1
     with pytest.raises(CorecError, match="exceeds the backbone's"):
         engine.answer(merged, prefix, row.suffixes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_are_tried_before_they_are_trusted(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, _ = backbones.load(folder("llama", tmp_path), dtype)
+    assert fused.fuse(model) is not None
+    model.base_model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    assert fused.fuse(model) is None, "one layer computes something else"
+    config = AutoConfig.for_model("granite", **LLAMA, vocab_size=64, residual_multiplier=0.5)
+    assert fused.fuse(AutoModelForCausalLM.from_config(config).to(dtype).eval()) is None, (
+        "alike in its modules, not in what it does"
+    )
+
+
+def test_fused_layers_share_the_models_weights(tmp_path: Path) -> None:
+    model, _ = backbones.load(folder("qwen2", tmp_path), torch.float32)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+    made = fused.fuse(model)
+    assert made is not None
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert made.layers[0].qkv.data_ptr() == model.base_model.layers[0].self_attn.q_proj.weight.data_ptr()
 
 
 def test_the_plain_oracle_of_the_bench_gives_the_same_scores(world: World) -> None:

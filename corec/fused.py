@@ -1,0 +1,171 @@
+"""The layers of a Llama-like decoder in few operations, for scoring alone.
+
+A request of seven tokens is so little arithmetic that the library's forward spends its time between the operations: some
+forty a layer. Here the projections to query, key and value are one product, gate and up another, the rotation of the positions
+three operations, and the mask is turned into numbers once instead of in every layer.
+
+Architectures are not listed by name: :func:`fuse` looks for the modules it knows, tries the result against the model itself,
+and gives None where the two differ.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PROBE = 12  # tokens on which the fused layers are tried
+FEW = 128  # tokens up to which a product is turned round on a CPU
+
+
+class Layer(NamedTuple):
+    """Weights of one layer; those of several projections lie one below the other."""
+
+    qkv: Tensor  # [(heads + 2 key heads) * head width, hidden]
+    qkv_bias: Tensor | None
+    out: nn.Linear
+    gate_up: Tensor  # [2 * inner, hidden]
+    gate_up_bias: Tensor | None
+    down: nn.Linear
+    before: tuple[Tensor, float]  # weight and epsilon of the norm before attention
+    after: tuple[Tensor, float]  # and of the one before the MLP
+    heads: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None  # norms of query and key heads, as in Qwen3
+
+
+def together(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of several projections of one input, as one; the parts become views of it, so no memory is added."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+    start = 0
+    for part in parts:
+        stop = start + part.out_features
+        part.weight = nn.Parameter(weight[start:stop], requires_grad=False)
+        if bias is not None:
+            part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
+        start = stop
+    return weight, bias
+
+
+def norm(module: Any) -> tuple[Tensor, float]:
+    """Weight and epsilon of an RMSNorm."""
+    return module.weight.detach(), module.variance_epsilon
+
+
+def product(state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``; of few tokens on a CPU as weight times state, which spares the kernel putting the weights in order first."""
+    tokens = state.shape[:-1].numel()
+    if tokens > FEW or state.device.type != "cpu":
+        return F.linear(state, weight, bias)
+    made = (weight @ state.reshape(tokens, -1).t()).t()
+    return (made if bias is None else made + bias).reshape(*state.shape[:-1], -1)
+
+
+class Fused:
+    """The layers of a causal LM, its adapter merged; made by :func:`fuse`."""
+
+    def __init__(self, causal: Any) -> None:
+        base, config = causal.base_model, causal.config
+        self.rotary, self.norm, self.activation = base.rotary_emb, norm(base.norm), base.layers[0].mlp.act_fn
+        attention = base.layers[0].self_attn
+        self.width, self.scale = attention.head_dim, attention.scaling
+        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        self.layers = [self.take(layer) for layer in base.layers]
+
+    @staticmethod
+    def take(layer: Any) -> Layer:
+        """The weights of one of the model's layers."""
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv, qkv_bias = together(attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up, gate_up_bias = together(mlp.gate_proj, mlp.up_proj)
+        heads = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        before, after = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
+        return Layer(qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias, mlp.down_proj, before, after, heads)
+
+    def __call__(self, embedded: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> list[Tensor]:
+        """States [batch, L, hidden] behind every layer, the embeddings first and the last one normed, as transformers has them.
+
+        Parameters
+        ----------
+        embedded
+            [batch, L, hidden].
+        positions
+            [batch, L].
+        mask
+            [batch, 1, L, kept + L], True where the row may see the column.
+        cache
+            Keys and values [batch, key heads, kept, head width] of every layer, which are seen too; or a transformers cache,
+            which also gets those computed here.
+        """
+        tables, states = self.tables(embedded, positions, mask), [embedded]
+        for number in range(len(self.layers)):
+            states.append(self.layer(number, states[-1], *tables, cache))
+        states[-1] = self.last(states[-1])
+        return states
+
+    def tables(self, like: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What all layers share: the mask as numbers to add, cosine, and sine with its first half negated, of the positions."""
+        bias = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        cos, sin = (table[:, :, None] for table in self.rotary(like, positions))  # [batch, L, 1, head width]
+        half = self.width // 2
+        return bias, cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+    def last(self, state: Tensor) -> Tensor:
+        """The norm behind the last layer."""
+        return F.rms_norm(state, state.shape[-1:], *self.norm)
+
+    def layer(self, number: int, state: Tensor, bias: Tensor, cos: Tensor, turned: Tensor, cache: Any = None) -> Tensor:
+        """State [batch, L, hidden] behind one layer; `bias` is added to attention, `cos` and `turned` rotate the positions."""
+        layer, (batch, length, hidden) = self.layers[number], state.shape
+        normed = F.rms_norm(state, (hidden,), *layer.before)
+        made = product(normed, layer.qkv, layer.qkv_bias).contiguous().view(batch, length, -1, self.width)
+        both, value = made.split([self.queries + self.keys, self.keys], dim=2)
+        if layer.heads:
+            parts = zip(both.split([self.queries, self.keys], dim=2), layer.heads, strict=True)
+            both = torch.cat([F.rms_norm(part, (self.width,), *weights) for part, weights in parts], dim=2)
+        both = torch.addcmul(both * cos, both.roll(self.width // 2, -1), turned)
+        query, key = (part.transpose(1, 2) for part in both.split([self.queries, self.keys], dim=2))
+        value = value.transpose(1, 2)
+        if isinstance(cache, list):
+            kept_key, kept_value = cache[number]
+            key, value = torch.cat([kept_key, key], dim=2), torch.cat([kept_value, value], dim=2)
+        elif cache is not None:
+            key, value = cache.update(key, value, number)
+        shared, grouped = self.queries // self.keys, state.device.type == "cpu"
+        if shared > 1 and not grouped:  # CUDA's kernel that takes a mask wants a key for every query head
+            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale, enable_gqa=grouped)
+        state = state + product(seen.transpose(1, 2).reshape(batch, length, -1), layer.out.weight, layer.out.bias)
+        normed = F.rms_norm(state, (hidden,), *layer.after)
+        gate, up = product(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return state + product(self.activation(gate) * up, layer.down.weight, layer.down.bias)
+
+
+@torch.inference_mode()
+def fuse(causal: Any) -> Fused | None:
+    """The fused layers of a Hugging Face causal LM without adapter; None where its architecture is another.
+
+    Tried on a dozen tokens, each layer on the state that the model itself has before it: in bfloat16, differences of rounding
+    would otherwise grow from layer to layer. The model goes on working: the weights are shared.
+    """
+    try:
+        fused = Fused(causal)
+    except (AttributeError, TypeError):
+        return None
+    ids = torch.arange(3, 3 + PROBE, device=causal.get_input_embeddings().weight.device)[None] % causal.config.vocab_size
+    mask = torch.ones(1, 1, PROBE, PROBE, dtype=torch.bool, device=ids.device).tril()
+    wanted = causal.base_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    places = torch.arange(PROBE, device=ids.device)[None]
+    bound = 1e-4 if wanted[0].dtype == torch.float32 else 0.03
+    if len(wanted) != len(fused.layers) + 1:
+        return None
+    try:
+        tables = fused.tables(wanted[0], places, mask)
+        found = [fused.layer(number, state, *tables) for number, state in enumerate(wanted[:-1])]
+    except RuntimeError:
+        return None
+    found[-1] = fused.last(found[-1])
+    for before, ours, after in zip(wanted[:-1], found, wanted[1:], strict=True):
+        size = before.float().norm(dim=-1) + after.float().norm(dim=-1)
+        if not bool(((ours.float() - after.float()).norm(dim=-1) < bound * size).all()):
+            return None
+    return fused
