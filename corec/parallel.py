@@ -5,8 +5,11 @@ of one process with the whole batch. The launch's configuration (``params/launch
 
 - data parallel: all of them on every device. Only the few gradients of the adapter, head and new rows travel.
 - FSDP: those of each transformer layer in equal shards, put together while the layer computes (``fully_shard``).
+- DeepSpeed ZeRO-2: as data parallel, with Adam's state and the summed gradients in equal shards
+  (:class:`corec.optimizer.ZeroMaster`).
 """
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -30,7 +33,8 @@ class Devices:
 
     rank: int = 0
     size: int = 1
-    sharded: bool = False
+    sharded: bool = False  # by FSDP
+    zero: bool = False  # by DeepSpeed's ZeRO-2
 
     @property
     def first(self) -> bool:
@@ -88,11 +92,24 @@ def join() -> Devices:
     Raises
     ------
     CorecError
-
+        When the launch asks for DeepSpeed and it is not installed, or for another of its stages than 2.
     """
+    zero = asked_for("ACCELERATE_USE_DEEPSPEED")
+    if zero and importlib.util.find_spec("deepspeed") is None:
+        raise CorecError("The launch asks for DeepSpeed, which is not installed: pip install deepspeed, or choose another.")
+    if zero and (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) != "2":
+        raise CorecError(
+            f"deepspeed_config.zero_stage is {stage}, of DeepSpeed's stages 2 alone is built: set it to 2, or shard the "
+            "weights by params/launch/fsdp.yaml."
+        )
     state = PartialState(cpu=not torch.cuda.is_available())
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return Devices(state.process_index, state.num_processes, sharded and state.num_processes > 1)
+    several = state.num_processes > 1
+    return Devices(state.process_index, state.num_processes, asked_for("ACCELERATE_USE_FSDP") and several, zero and several)
+
+
+def asked_for(name: str) -> bool:
+    """Whether ``accelerate launch`` has set this variable to true."""
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def one_first() -> AbstractContextManager[Any]:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corec import CorecError, backbones, controls, data, machine, parallel, paths
+from corec import CorecError, backbones, controls, data, machine, optimizer, parallel, paths
 from corec import params as parameters
 from corec.controls import Pools, Vocabulary
 from corec.parallel import ALONE, Devices
@@ -626,86 +626,6 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)
 
 
-class Master:
-    """Adam on float32 copies of the parameters: bfloat16 alone would swallow small updates.
-
-    Where the parameters are sharded, each process holds and moves its own part (see :mod:`corec.parallel`).
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams, devices: Devices = ALONE) -> None:
-        self.parameters, self.devices = parameters, devices
-        self.copies = {
-            name: parallel.local(value).detach().float().clone().requires_grad_() for name, value in parameters.items()
-        }
-        rates = {"head": params.lr_head, "rows": params.lr_rows, "adapter": params.lr}
-        by_kind = {kind: [name for name in self.copies if self.kind(name) == kind] for kind in rates}
-        self.names = [name for names in by_kind.values() for name in names]  # in the optimiser's order
-        groups = [{"params": [self.copies[n] for n in by_kind[kind]], "base": rate} for kind, rate in rates.items()]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-
-    @staticmethod
-    def kind(name: str) -> str:
-        """Which learning rate a parameter has: ``head``, ``rows`` (of the new tokens) or ``adapter``."""
-        return "head" if name.startswith("head.") else "rows" if "trainable_tokens" in name else "adapter"
-
-    def step(self, scale: float) -> float:
-        """One update at `scale` times the base rates; clips the gradient's norm at 1 and returns it.
-
-        Gradients are summed over all processes first. One that is not finite changes nothing.
-        """
-        shards: list[Tensor] = []
-        copied: list[Tensor] = []
-        for name, copy in self.copies.items():
-            gradient = self.parameters[name].grad
-            copy.grad = None if gradient is None else parallel.local(gradient).float()
-            self.parameters[name].grad = None
-            if copy.grad is not None:
-                (shards if parallel.is_sharded(self.parameters[name]) else copied).append(copy.grad)
-        self.devices.add_up(copied)
-        if shards:
-            none = torch.zeros((), device=shards[0].device)
-            there, here = (sum((gradient.square().sum() for gradient in some), none) for some in (shards, copied))
-            norm = (self.devices.total(float(there)) + here).sqrt()
-            nn.utils.clip_grads_with_norm_(self.copies.values(), 1.0, norm)
-        else:
-            norm = nn.utils.clip_grad_norm_(self.copies.values(), 1.0)
-        if not norm.isfinite():
-            return float(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * scale
-        self.optimizer.step()
-        self.copy_back()
-        return float(norm)
-
-    @torch.no_grad()
-    def copy_back(self) -> None:
-        """Write the copies into the model."""
-        for name, copy in self.copies.items():
-            parallel.local(self.parameters[name]).copy_(copy)
-
-    def state(self) -> dict[str, Any]:
-        """Copies and Adam's state, put together from all processes: what a checkpoint holds."""
-        found = self.optimizer.state_dict()
-        moments = {
-            i: {key: parallel.whole(v, self.parameters[self.names[i]]) if v.ndim else v for key, v in each.items()}
-            for i, each in found["state"].items()
-        }
-        copies = {name: parallel.whole(copy.detach(), self.parameters[name]) for name, copy in self.copies.items()}
-        return {"copies": copies, "optimizer": found | {"state": moments}}
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take up a :meth:`state`, of however many processes, and write it into the model."""
-        with torch.no_grad():
-            for name, copy in self.copies.items():
-                copy.copy_(parallel.part(saved["copies"][name], self.parameters[name]))
-        moments = {
-            i: {key: parallel.part(v, self.parameters[self.names[i]]) if v.ndim else v for key, v in each.items()}
-            for i, each in saved["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict(saved["optimizer"] | {"state": moments})
-        self.copy_back()
-
-
 def schedule(progress: float, warmup: float) -> float:
     """Learning-rate factor after a share `progress` of training: linear warm-up, then a cosine to 0."""
     if progress < warmup:
@@ -775,7 +695,7 @@ def train(
         step's windows cannot be shared equally.
     """
     settings = params.reranker
-    master = Master(reranker.trainable(), settings, devices)
+    master = optimizer.make(reranker.trainable(), settings, devices)
     total = settings.curriculum_steps + settings.steps
     checkpoint, rows, spent = folder / "checkpoint.pt" if folder else None, [], 0.0
     identity = paths.digest([paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])

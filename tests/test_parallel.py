@@ -1,5 +1,6 @@
 """Training on two processes (gloo) by ``accelerate launch``: the loss curve and the parameters of one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def launch(how: str, file: Path, processes: int = 2) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(PROJECT / "params" / "launch" / f"{how}.yaml"), "--num_processes", str(processes)]
     command += ["--main_process_port", "0", "-m", "corec.reranker", "--params", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -54,7 +55,11 @@ def train_alone(world: World, settings: Params, folder: Path, stop_after: int | 
     return model
 
 
-@pytest.mark.parametrize(("how", "readout"), [("ddp", "late"), ("fsdp", "index")])
+installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+zero2 = pytest.param("zero2", "late", marks=installed)
+
+
+@pytest.mark.parametrize(("how", "readout"), [("ddp", "late"), ("fsdp", "index"), zero2])
 def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_path: Path, how: str, readout: str) -> None:
     settings, file = prepare(world, atomic, readout=readout)
     train_alone(world, settings, tmp_path / "alone")
@@ -77,12 +82,13 @@ def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_pat
         torch.testing.assert_close(value.detach(), two["copies"][name])
 
 
-def test_what_one_process_began_two_go_on_with(world: World, atomic: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["fsdp", pytest.param("zero2", marks=installed)])
+def test_what_one_process_began_two_go_on_with(world: World, atomic: Path, tmp_path: Path, how: str) -> None:
     settings, file = prepare(world, atomic)
     train_alone(world, settings, tmp_path / "alone")
     folder = paths.stage_dir("several", "reranker")
     train_alone(world, settings, folder, stop_after=4)
-    ran = launch("fsdp", file)
+    ran = launch(how, file)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("resumed after step 4") == 1
     one, two = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (tmp_path / "alone", folder))
@@ -96,6 +102,19 @@ def test_windows_that_cannot_be_shared_end_in_a_sentence(world: World, atomic: P
         CorecError, match="4 windows a step cannot be shared equally by 3 processes: set reranker.batch_size to a"
     ):
         Devices(0, 3).share(4)
+
+
+def test_deepspeed_missing_or_of_another_stage_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CorecError, match="DeepSpeed, which is not installed: pip install deepspeed"):
+        parallel.join()
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(CorecError, match="zero_stage is 3, of DeepSpeed's stages 2 alone is built"):
+        parallel.join()
 
 
 def test_a_launch_before_the_notebooks_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
