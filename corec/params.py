@@ -47,6 +47,8 @@ class DataParams(Model):
     latest: int = Field(50, ge=3)  # paper: each user's latest interactions
 
 
+Order = Literal["index, before", "candidate, before", "index, after", "late, after"]  # read-out and place of the request
+
 # By stage: what changes how a result is computed or kept, or what is compared beside it, but not the result.
 WITHOUT_EFFECT = {
     "sasrec": {"compare_seconds", "compare_seeds"},
@@ -57,6 +59,7 @@ WITHOUT_EFFECT = {
         "checkpoint_steps",
         "compare_steps",
         "compare_minutes",
+        "compare_orders",
         "compare_seeds",
     },
 }
@@ -141,6 +144,7 @@ class RerankerParams(Model):
     eval_batch_size: int = Field(8, ge=1)
     compare_steps: int = Field(0, ge=0)  # also train every read-out for so many plain steps, to compare them
     compare_minutes: float = Field(0, ge=0)  # also train read-outs before and after for so long each, to compare them
+    compare_orders: list[Order] = []  # these alone of them
     compare_seeds: int = Field(3, ge=1)  # with so many seeds each
 
 

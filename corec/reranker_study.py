@@ -87,7 +87,7 @@ def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: 
 def compare_orders(
     items: pd.DataFrame, examples: Examples, params: Params, folder: Path
 ) -> tuple[dict[tuple[str, int], np.ndarray], pd.DataFrame]:
-    """Train every entry of :data:`ORDERS` with `compare_seeds` seeds, each for `compare_minutes`, and score the test windows.
+    """Train entries of :data:`ORDERS` with `compare_seeds` seeds, each for `compare_minutes`, and score the test windows.
 
     Half of the time goes to the plain prompt, half to the whole one: as many steps as a trial step of each foretells. What
     is done is kept in `folder`, so that a second call goes on after the last whole training.
@@ -102,8 +102,8 @@ def compare_orders(
     scores, curves, steps = {}, [], {}
     own = [paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     for seed in range(params.seed, params.seed + params.reranker.compare_seeds):
-        for name, changes in ORDERS.items():
-            minutes = params.reranker.compare_minutes
+        for name in params.reranker.compare_orders or ORDERS:
+            changes, minutes = ORDERS[name], params.reranker.compare_minutes
             kept = folder / f"{name.replace(', ', '-')}-{seed}-{paths.digest([own, changes, minutes])}.npz"
             if not kept.exists():
                 variant = with_reranker(params, **changes, max_minutes=minutes).model_copy(update={"seed": seed})
@@ -146,10 +146,11 @@ def judge_orders(
     Returns
     -------
     Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high lowest highest seeds n_users K minutes
-    dataset protocol``: mean over seeds
-    with its interval (bootstrap over users), by how much it is ahead of ``index, before`` on the same users, and the range of
-    the seeds. ``sasrec`` and ``rule`` are there for comparison.
+    dataset protocol``: mean over seeds with its interval (bootstrap over users), by how much it is ahead of the first of
+    `scores` on the same users (``index, before``, unless `compare_orders` names others), and the range of the seeds. ``sasrec``
+    and ``rule`` are there for comparison.
     """
+    first, _ = next(iter(scores))
     pools = examples.prepared.pools["test"]
     keys, columns, ranges = [], [], []
     for place, n in enumerate(params.controls.n_tokens):
@@ -165,7 +166,7 @@ def judge_orders(
                 columns.append(seeds.mean(axis=0))
                 ranges.append((each.min(), each.max(), len(of)))
     values = by_user(np.stack(columns, axis=1).astype(float), users)
-    base = [keys.index(("index, before", n, metric)) for _, n, metric in keys]
+    base = [keys.index((first, n, metric)) for _, n, metric in keys]
     both = np.concatenate([values, values - values[:, base]], axis=1)
     middle, (low, high), count = both.mean(axis=0), intervals(both, params.evaluation, params.seed), len(keys)
     table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).assign(
@@ -188,17 +189,21 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> None
 def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Training loss over time and over requests, and CP@5 by tokens with intervals."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    colors = dict(zip(ORDERS, sns.color_palette(), strict=False)) | {"rule": "grey"}
     curves = curves.assign(smoothed=curves.groupby(["variant", "seed"])["loss"].transform(lambda loss: loss.ewm(span=8).mean()))
     for axis, of in zip(axes, ("seconds", "requests"), strict=False):
         sns.lineplot(
-            curves, x=of, y="smoothed", hue="variant", units="seed", estimator=None, linewidth=0.9, legend=False, ax=axis
-        )
+            curves, x=of, y="smoothed", hue="variant", palette=colors, units="seed", estimator=None, linewidth=0.9, legend=False,
+            ax=axis,
+        )  # fmt: skip
         axis.set(ylabel="RankNet loss (0.69 = chance)", xlabel={"requests": "supervised requests"}.get(of, of))
     axes[1].set(xscale="log")
     view = table[(table["metric"] == "cp") & ~table["variant"].eq("sasrec")]
-    for shift, name in enumerate([*ORDERS, "rule"]):
+    for shift, (name, color) in enumerate(colors.items()):
         rows = view[view["variant"] == name]
-        look = {"fmt": "o", "markersize": 4, "label": name, "color": sns.color_palette()[shift] if name in ORDERS else "grey"}
+        if rows.empty:
+            continue
+        look = {"fmt": "o", "markersize": 4, "label": name, "color": color}
         places = rows["n_tokens"] + 0.08 * (shift - 2)
         axes[2].errorbar(places, rows["value"], yerr=evaluation.error_bars(rows), **look)
     axes[2].set(xlabel="control tokens", ylabel=f"CP@{K}, all wishes met", xticks=sorted(view["n_tokens"].unique()))

@@ -38,6 +38,16 @@ def test_orders_are_trained_once_and_kept(world: World, tmp_path: Path, monkeypa
         reranker_study.compare_orders(world.tables.items, world.examples, longer, tmp_path)
 
 
+def test_some_orders_alone(world: World, tmp_path: Path) -> None:
+    params = settings(world)
+    params = reranker_study.with_reranker(params, compare_orders=["candidate, before"], compare_seeds=1)
+    scores, curves = reranker_study.compare_orders(world.tables.items, world.examples, params, tmp_path / "stage")
+    assert list(scores) == [("candidate, before", 0)] and set(curves["variant"]) == {"candidate, before"}
+    table = reranker_study.judge_orders(scores, world.examples, users(world), params)
+    assert (table[table["variant"] == "candidate, before"]["ahead"] == 0).all()
+    reranker_study.keep_orders(table, curves, tmp_path / "figures")
+
+
 def test_trial_steps_leave_nothing_behind(world: World) -> None:
     params = settings(world)
     model = world.build(params)
