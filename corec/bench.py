@@ -1,4 +1,4 @@
-"""Timings, side by side in one run: ``python -m corec.bench data``, ``python -m corec.bench sasrec``.
+"""Timings, side by side in one run: ``python -m corec.bench data``, or ``sasrec``, ``engine``, ``large``.
 
 Prints one JSON object a line (``name value unit baseline ratio``: `ratio` is how the value stands to the named
 baseline), or a table with ``--table``.
@@ -342,13 +342,18 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--no-pandas", action="store_true", help="leave out the comparison with pandas, which needs 10 GB")
     sasrec = commands.add_parser("sasrec", help="the retriever against a textbook version and bare matrix products")
     engine = commands.add_parser("engine", help="the re-ranker's engine against one request at a time")
-    for command in (data, sasrec, engine):
+    large = commands.add_parser("large", help="the engine on Llama-3-8B's shape, random weights, on a GPU")
+    for command in (data, sasrec, engine, large):
         command.add_argument("--table", action="store_true", help="a table for people instead of JSON lines")
     given = parser.parse_args(arguments)
     if given.command == "engine":
         from corec.bench_engine import bench_engine
 
         made = bench_engine()
+    elif given.command == "large":
+        from corec.bench_large import bench_large
+
+        made = bench_large()
     else:
         made = bench_sasrec() if given.command == "sasrec" else bench_data(given.reviews, given.items, not given.no_pandas)
     lines = sys.stdout

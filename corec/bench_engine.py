@@ -1,12 +1,13 @@
 """The timings of ``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from corec import controls, data, engine, params, paths, reranker
@@ -123,6 +124,23 @@ def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]
         yield Figure(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
 
 
+def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
+    """MB that a forward pass keeps for the gradient: each tensor once, the `weights` not."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = work()  # as long as it is there, no storage is used twice
+    del made
+    return sum(sizes.values()) / 1e6
+
+
 def training(settings: Any, examples: Any, model: reranker.Reranker, plain: Any) -> Iterator[Figure]:
     """Supervised requests a second: a step of the default run against one request a forward with full logits."""
     model.model.train()
@@ -132,6 +150,12 @@ def training(settings: Any, examples: Any, model: reranker.Reranker, plain: Any)
     ours = seconds(lambda: reranker.backward(model, rows, batch.control)) / count
 
     yield Figure("train_peak_memory", paths.peak_memory_mb(), "MB")
+
+    some, weights = rows[: model.params.micro_batch], list(model.model.parameters())
+    requests = sum(len(row.suffixes) for row in some)
+    alone = kept_mb(lambda: plain.scores(model, single(some, 0), False), weights)
+    label = f"{requests} requests in a pass; the plain way, one: {alone:.0f} MB"
+    yield Figure("train_activations", kept_mb(lambda: model.forward(some), weights), "MB", label)
 
     def one_at_a_time(last_only: bool) -> None:
         for row, control in zip(rows, batch.control, strict=True):

@@ -191,9 +191,9 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def write_manifest(params: Params, of: Sequence[str]) -> None:
-    """Put the :func:`manifest` of a run that ends before stage 06 into the folder of its figures."""
-    write_text(figures_dir(params.run) / "manifest.json", json.dumps(manifest(params, of), indent=1) + "\n")
+def write_manifest(params: Params, of: Sequence[str], name: str = "manifest.json") -> None:
+    """Put the :func:`manifest` of stages other than 06 into the folder of the run's figures."""
+    write_text(figures_dir(params.run) / name, json.dumps(manifest(params, of), indent=1) + "\n")
 
 
 def manifest(params: Params, of: Sequence[str] = ("data", "sasrec", "controls", "reranker", "evaluation")) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from test_reranker import World, textbook_scores, unlike_start
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corec import CorecError, backbones, engine, fused, reranker
+from corec import CorecError, backbones, bench_engine, bench_large, engine, fused, reranker
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -204,3 +204,17 @@ def test_the_packed_gradient_is_the_plain_sum(world: World, readout: str) -> Non
     for name, value in model.trainable().items():
         torch.testing.assert_close(packed[name], value.grad, atol=1e-4, rtol=1e-4)
     assert any(value.grad.abs().max() > 1e-3 for value in model.trainable().values())
+
+
+def test_the_bench_of_the_large_shape_runs_in_small() -> None:
+    found = {figure.name: figure for figure in bench_large.bench_large(tokens=200, k=5, requests=2)}
+    rates = [found[f"{name}_vs_matmul_rate"].ratio for name in ("train", "train_checkpointing", "score")]
+    assert all(rate is not None and rate > 0 for rate in rates)
+    assert found["parameters"].baseline == (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a small twin")
+    assert found["one_request_cached"].baseline == "prefix of 180 tokens"
+
+
+def test_what_a_pass_keeps_for_the_gradient_is_counted_once() -> None:
+    weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(1000, 4)
+    assert bench_engine.kept_mb(lambda: (x @ weight) + (x @ weight), [weight]) == pytest.approx(0.016)
+    assert bench_engine.kept_mb(lambda: ((x @ weight).exp() * 2).exp(), [weight]) == pytest.approx(3 * 0.016)
