@@ -4,8 +4,8 @@ How fast a card trains and scores does not depend on what the weights are, so no
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,6 @@ from corec.reranker import Row
 
 MODEL = "meta-llama/Meta-Llama-3-8B"
 TWIN = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 4096}
-
-
-@dataclass(frozen=True)
-class NoTokenizer:
-    """What the engine asks of a tokenizer where rows are numbers already."""
-
-    pad_token_id: int = 0
 
 
 def random_rows(windows: int, k: int, requests: int, tokens: int, rng: np.random.Generator) -> list[Row]:
@@ -46,8 +39,9 @@ def large(params: RerankerParams) -> reranker.Reranker:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = reranker.Head(config.hidden_size, config.num_hidden_layers + 1, params)
     model = reranker.adapt(model, list(range(config.vocab_size - 64, config.vocab_size)), params).to(device)
-    prompter: Any = None  # rows are made by `random_rows`
-    return reranker.Reranker(model, NoTokenizer(), head, prompter, params)
+    # Rows are made by `random_rows`, so little is asked of a tokenizer and a prompter.
+    tokenizer, prompter = SimpleNamespace(pad_token_id=0), SimpleNamespace(limit=config.max_position_embeddings)
+    return reranker.Reranker(model, tokenizer, head, cast(Any, prompter), params)
 
 
 def forward_flop(config: Any, rows: int, tokens: int) -> float:
