@@ -203,7 +203,8 @@ def fuse(causal: Any) -> Fused | None:
     wanted = causal.base_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     places = torch.arange(PROBE, device=ids.device)[None]
     bound = 1e-5 if wanted[0].dtype == torch.float32 else 0.01
-    if len(wanted) != len(fused.layers) + 1:
+    embedded = causal.get_input_embeddings()(ids)
+    if len(wanted) != len(fused.layers) + 1 or not torch.equal(wanted[0], embedded):  # the model multiplies its embeddings
         return None
     try:
         tables = fused.tables(wanted[0], places, mask)

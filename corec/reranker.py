@@ -327,6 +327,7 @@ class Reranker:
     prompter: Prompter
     params: RerankerParams
     packs: bool = True  # the architecture lets requests share a prefix (see :func:`can_pack`)
+    logit_scale: float = 1.0  # what the backbone multiplies its logits by (see :func:`logit_scale`)
     fused: Any = None  # the backbone's layers in fewer operations, for scoring (see :func:`corec.engine.merge`)
 
     @property
@@ -380,7 +381,9 @@ class Reranker:
             rows = trained.trainable_tokens_delta["default"][wanted - trained.token_indices["default"][0]]
         logits = states @ rows.T.to(states.dtype)
         bias = getattr(layer, "bias", None)
-        return (logits if bias is None else logits + bias[wanted]).float()
+        logits = (logits if bias is None else logits + bias[wanted]).float() * self.logit_scale
+        cap = getattr(self.causal.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
@@ -441,6 +444,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         warnings.warn(
             f"{type(model).__name__} cannot share a prefix among requests: each request is computed by itself.", stacklevel=2
         )
+    scale = logit_scale(model) if params.readout == "index" else 1.0
     added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
     if adapted:
         model = adapt(model, added, params)
@@ -449,7 +453,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = machine.device()
     prompter = Prompter(tokenizer, items, table, params, positions(model.config, packs))
-    return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs)
+    return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs, scale)
 
 
 def positions(config: Any, packs: bool) -> int | None:
@@ -476,6 +480,19 @@ def can_pack(model: Any) -> bool:
         return False
     one = model.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -2:].float()
     return bool((packed.last_hidden_state[0, -2:].float() - one).norm() < 0.02 * one.norm())
+
+
+@torch.inference_mode()
+def logit_scale(model: Any) -> float:
+    """What a causal LM multiplies its output product by, as Cohere's and Granite's do; measured on three tokens."""
+    layer, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    ids = torch.tensor([[5, 6, 7]], device=layer.weight.device)
+    plain = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0, -1].float()
+    given = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    if cap:
+        given = cap * torch.atanh(given / cap)
+    factor = float((given @ plain) / (plain @ plain))
+    return 1.0 if abs(factor - 1) < 0.01 else factor
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
@@ -822,7 +839,7 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
-    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params, bare.packs)
+    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params, bare.packs, bare.logit_scale)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": dict(LLAMA),
     "gpt_neox": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "granite": LLAMA | {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "cohere": LLAMA | {"logit_scale": 0.25},
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
@@ -103,10 +105,10 @@ def test_fused_layers_are_tried_before_they_are_trusted(tmp_path: Path, dtype: t
     assert fused.fuse(model) is not None
     model.base_model.layers[1].mlp.act_fn = torch.nn.ReLU()
     assert fused.fuse(model) is None, "one layer computes something else"
-    config = AutoConfig.for_model("granite", **LLAMA, vocab_size=64, residual_multiplier=0.5)
-    assert fused.fuse(AutoModelForCausalLM.from_config(config).to(dtype).eval()) is None, (
-        "alike in its modules, not in what it does"
-    )
+    for multiplier in ("residual_multiplier", "embedding_multiplier"):
+        config = AutoConfig.for_model("granite", **LLAMA, vocab_size=64, **{multiplier: 0.5})
+        other = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        assert fused.fuse(other) is None, "alike in its modules, not in what it does"
 
 
 def test_fused_layers_share_the_models_weights(tmp_path: Path) -> None:
