@@ -99,6 +99,14 @@ class Fused:
         attention = base.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        plain = [
+            part
+            for layer in base.layers
+            for part in (*layer.self_attn.children(), *layer.mlp.children())
+            if hasattr(part, "out_features")
+        ]
+        if any(type(part) is not nn.Linear for part in plain):  # quantised weights, say, which are to stay as they are
+            raise TypeError("projections of another kind")
         self.layers = [self.take(layer) for layer in base.layers]
         self.turned = self.faster_turned()
 
@@ -128,7 +136,7 @@ class Fused:
         before, after = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
         return Layer(qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias, mlp.down_proj, before, after, heads)
 
-    def __call__(self, embedded: Tensor, positions: Tensor, mask: Tensor, cache: Any = None) -> list[Tensor]:
+    def __call__(self, embedded: Tensor, positions: Tensor, mask: Tensor, cache: Any = None, every: bool = True) -> list[Tensor]:
         """States [batch, L, hidden] behind every layer, the embeddings first and the last one normed, as transformers has them.
 
         Parameters
@@ -142,10 +150,13 @@ class Fused:
         cache
             Keys and values [batch, key heads, kept, head width] of every layer, which are seen too; or a transformers cache,
             which also gets those computed here.
+        every
+            False to keep the last one's alone.
         """
         tables, states = self.tables(embedded, positions, mask), [embedded]
         for number in range(len(self.layers)):
-            states.append(self.layer(number, states[-1], *tables, cache))
+            made = self.layer(number, states[-1], *tables, cache)
+            states = [*states, made] if every else [made]
         states[-1] = self.last(states[-1])
         return states
 
@@ -186,7 +197,7 @@ class Fused:
         return state + product(self.activation(gate) * up, layer.down.weight, layer.down.bias, self.turned)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fuse(causal: Any) -> Fused | None:
     """The fused layers of a Hugging Face causal LM without adapter; None where its architecture is another.
 
@@ -196,7 +207,7 @@ def fuse(causal: Any) -> Fused | None:
     """
     try:
         fused = Fused(causal)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
         return None
     ids = torch.arange(3, 3 + PROBE, device=causal.get_input_embeddings().weight.device)[None] % causal.config.vocab_size
     mask = torch.ones(1, 1, PROBE, PROBE, dtype=torch.bool, device=ids.device).tril()

@@ -100,18 +100,20 @@ class ZeroMaster(Master):
 
     DeepSpeed sees the copies as a model of their own, whose loss is their product with the gradients that the re-ranker's
     backward pass left: differentiating that hands it those gradients. Checkpoints are the same as :class:`Master`'s.
+    It takes the version of DeepSpeed in :data:`corec.parallel.DEEPSPEED`.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], params: RerankerParams, devices: Devices) -> None:
         import deepspeed
 
         super().__init__(parameters, params, devices)
+        size = math.ceil(sum(copy.numel() for copy in self.copies.values()) / 1024) * 1024  # its buffers, by default 500 million
         self.layout = self.optimizer.state_dict()["param_groups"]
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # it only counts with it
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": size, "allgather_bucket_size": size},
             "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -158,11 +160,11 @@ class ZeroMaster(Master):
         self.zero.refresh_fp32_params()
         for flat in self.zero.single_partition_of_fp32_groups:  # Adam begins its state only with its first step
             zeros = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
-            self.zero.optimizer.state[flat] = {"step": moments[0]["step"].clone()} | zeros
+            self.zero.optimizer.state[flat] = {"step": next(iter(moments.values()))["step"].clone()} | zeros
         self.link()
-        for i, name in enumerate(self.names):
+        for i, of in moments.items():  # none of a parameter that never had a gradient
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(self.copies[name], moments[i][key], key)
+                safe_set_full_optimizer_state(self.copies[self.names[i]], of[key], key)
         self.copy_back()
 
     def link(self) -> None:

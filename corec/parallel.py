@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from corec import CorecError
+
+DEEPSPEED = "0.19.8"  # the version that ZeRO-2 was tried with, and some of whose inner names it needs
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,23 @@ def join() -> Devices:
     Raises
     ------
     CorecError
-        When the launch asks for DeepSpeed and it is not installed, or for another of its stages than 2.
+        When the launch asks for DeepSpeed and it is not installed, or for another of its stages than 2, or for more processes
+        than there are GPUs.
     """
     zero = asked_for("ACCELERATE_USE_DEEPSPEED")
     if zero and importlib.util.find_spec("deepspeed") is None:
-        raise CorecError("The launch asks for DeepSpeed, which is not installed: pip install deepspeed, or choose another.")
+        raise CorecError(
+            f"The launch asks for DeepSpeed, which is not installed: pip install deepspeed=={DEEPSPEED}, or choose another."
+        )
     if zero and (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) != "2":
         raise CorecError(
             f"deepspeed_config.zero_stage is {stage}, of DeepSpeed's stages 2 alone is built: set it to 2, or shard the "
             "weights by params/launch/fsdp.yaml."
         )
-    state = PartialState(cpu=not torch.cuda.is_available())
+    started, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and started > cards:
+        raise CorecError(f"{started} processes for {cards} GPUs: give accelerate launch --num_processes {cards}.")
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))  # loading a backbone takes a while
     several = state.num_processes > 1
     return Devices(state.process_index, state.num_processes, asked_for("ACCELERATE_USE_FSDP") and several, zero and several)
 
@@ -110,6 +119,11 @@ def join() -> Devices:
 def asked_for(name: str) -> bool:
     """Whether ``accelerate launch`` has set this variable to true."""
     return os.environ.get(name, "false").lower() == "true"
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    PartialState().destroy_process_group()
 
 
 def one_first() -> AbstractContextManager[Any]:
@@ -120,6 +134,7 @@ def one_first() -> AbstractContextManager[Any]:
 def shard(model: Any, devices: Devices) -> None:
     """Leave on each device its share of every transformer layer of a Hugging Face `model`, in place.
 
+    The model may come from the CPU: its layers go to the device one by one, and what is not in a layer (the embeddings) whole.
     Gradients arrive summed over all processes, in float32 on the way.
 
     Raises
@@ -134,11 +149,12 @@ def shard(model: Any, devices: Devices) -> None:
             f"Parameter reranker.backbone: {type(model).__name__} does not say what its layers are, so it cannot be sharded: "
             "launch with params/launch/ddp.yaml, or choose another model."
         )
-    mesh = init_device_mesh(here().type, (devices.size,))
-    for layer in layers:
-        wrapped: Any = fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    mesh, policy = init_device_mesh(here().type, (devices.size,)), MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for layer in layers:  # each by itself: under a common root, transformers no longer hands out the layers' states
+        wrapped: Any = fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         wrapped.set_force_sum_reduction_for_comms(True)
         wrapped.set_gradient_divide_factor(1.0)
+    model.to(here())
 
 
 def is_sharded(value: Tensor) -> bool:

@@ -355,11 +355,14 @@ class Reranker:
         return torch.where((place >= 0)[..., None], new.to(table.weight.dtype), table(ids))
 
     def states(self, ids: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
-        """States [batch, L, hidden] of those layers that the read-out takes; a given `cache` is read and added to."""
+        """States [batch, L, hidden] of those layers that the read-out takes.
+
+        A transformers `cache` is read and added to; the fused layers also take the kept keys and values themselves, which
+        are only read (see :class:`corec.fused.Fused`).
+        """
         mixed = self.params.readout != "index" and self.params.layers == "mix"
         if self.fused is not None and positions is not None:
-            layers = self.fused(self.embed(ids), positions, mask, cache)
-            return layers if mixed else layers[-1:]
+            return self.fused(self.embed(ids), positions, mask, cache, every=mixed)  # type: ignore[no-any-return]
         output = self.causal.base_model(
             inputs_embeds=self.embed(ids),
             position_ids=positions,
@@ -426,7 +429,14 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: int, adapted: bool = True) -> Reranker:
+def build(
+    items: pd.DataFrame,
+    table: Vocabulary,
+    params: RerankerParams,
+    seed: int,
+    adapted: bool = True,
+    device: str | None = None,
+) -> Reranker:
     """A re-ranker on a fresh backbone.
 
     Parameters
@@ -436,6 +446,8 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
     adapted
         Add LoRA (on the paper's seven projections, or on all linear layers where the architecture names them otherwise)
         and trainable rows for the new tokens; without, the model is the zero-shot baseline.
+    device
+        Where it goes; without one, to a GPU where there is one.
     """
     torch.manual_seed(seed)
     model, tokenizer = backbones.load(params.backbone, machine.resolve_dtype(params.dtype))
@@ -451,7 +463,7 @@ def build(items: pd.DataFrame, table: Vocabulary, params: RerankerParams, seed: 
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
-    device = machine.device()
+    device = device or machine.device()
     prompter = Prompter(tokenizer, items, table, params, positions(model.config, packs))
     return Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs, scale)
 
@@ -489,10 +501,11 @@ def logit_scale(model: Any) -> float:
     ids = torch.tensor([[5, 6, 7]], device=layer.weight.device)
     plain = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0, -1].float()
     given = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    if cap:
-        given = cap * torch.atanh(given / cap)
+    if cap:  # undone where rounding does not grow by it
+        few = given.abs() < cap / 2
+        given, plain = cap * torch.atanh(given[few] / cap), plain[few]
     factor = float((given @ plain) / (plain @ plain))
-    return 1.0 if abs(factor - 1) < 0.01 else factor
+    return factor if abs(factor - 1) >= 0.01 and math.isfinite(factor) else 1.0
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
@@ -509,7 +522,7 @@ def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=TARGETS if names.issuperset(TARGETS) else "all-linear",
-        trainable_token_indices=token_layers(model, added),
+        trainable_token_indices=token_layers(model, added, params.readout),
         task_type="CAUSAL_LM",
     )
     try:
@@ -530,10 +543,10 @@ def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) ->
     return build(items, table, params.model_copy(update=plain), seed=0, adapted=False)
 
 
-def token_layers(model: Any, added: list[int]) -> dict[str, list[int]]:
-    """peft's ``trainable_token_indices``: the input embedding, and the output layer too where it is untied."""
+def token_layers(model: Any, added: list[int], readout: str) -> dict[str, list[int]]:
+    """peft's ``trainable_token_indices``: the input embedding, and where it is untied and read the output layer too."""
     layers = {"input": model.get_input_embeddings()}
-    if not model.config.tie_word_embeddings:
+    if not model.config.tie_word_embeddings and readout == "index":
         layers["output"] = model.get_output_embeddings()
     names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
     return {names[id(layer)]: added for layer in layers.values()}
@@ -726,6 +739,11 @@ def train(
         else:
             say(f"{checkpoint.name} is of other data or parameters: training begins anew", flush=True)
 
+    if devices.total(float(len(rows) != devices.agreed(len(rows)))):
+        raise CorecError(
+            f"The processes do not find the same {checkpoint}: give all machines one folder for runs/, or delete it on all."
+        )
+
     def keep() -> None:
         state = {"identity": identity, "rows": rows, "spent": spent} | master.state()
         if checkpoint and devices.first:
@@ -760,6 +778,7 @@ def train(
                 kept |= {"requests": [r.tolist() for r in batch.requests], "control": batch.control.tolist()}
                 paths.write_text(folder / "failed_batch.json", json.dumps(kept))
                 where = f" (its batch is in {folder / 'failed_batch.json'})"
+            devices.total(0.0)  # all wait until it is kept
             raise CorecError(
                 f"The training loss or its gradient is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head."
             )
@@ -773,7 +792,8 @@ def train(
             keep()
     if checkpoint and not stop_after and len(rows) > before:
         keep()
-    reranker.prompter.report_cut()
+    if devices.first:
+        reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
 
 
@@ -859,10 +879,15 @@ def main(arguments: list[str] | None = None) -> int:
         devices = parallel.join()
         tables, prepared = data.load(settings.run), controls.load(settings.run)
         examples = load_examples(tables.windows, prepared)
+        devices.share(min(settings.reranker.batch_size, len(prepared.pools["train"].window)))
+        fast = devices.agreed(float(machine.resolve_dtype(settings.reranker.dtype) == torch.bfloat16))
+        own = settings.reranker.model_copy(update={"dtype": "bfloat16" if fast else "float32"})  # the same on all
         with parallel.one_first():
-            reranker = build(tables.items, prepared.table, settings.reranker, settings.seed)
+            device = "cpu" if devices.sharded else None
+            reranker = build(tables.items, prepared.table, own, settings.seed, device=device)
         if devices.sharded:
             parallel.shard(reranker.causal, devices)
+            reranker.head.to(parallel.here())
         folder = paths.stage_dir(settings.run, "reranker")
         folder.mkdir(parents=True, exist_ok=True)
         curve = train(reranker, examples, settings, folder, devices=devices)
@@ -874,6 +899,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(curve)} steps on {devices.size} processes are kept in {folder / 'checkpoint.pt'}: notebooks/04_reranker.ipynb "
             "with the same parameters goes on from there."
         )
+    parallel.leave()
     return 0
 
 

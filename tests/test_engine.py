@@ -90,10 +90,14 @@ def test_merged_it_scores_alike_and_single_requests_too(
     np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
     assert engine.merge(merged) is merged, "nothing to merge"
     if merged.fused:
-        for name, few in (("a few tokens", 10_000), ("many tokens", 0)):  # both orders of a product
-            monkeypatch.setattr(fused, "FEW", few)
+        monkeypatch.setattr(fused, "FEW", 10_000)
+        for turned, spelled_out in ((False, False), (True, False), (False, True)):  # all that depends on the machine
+            monkeypatch.setattr(merged.fused, "turned", turned)
+            monkeypatch.setattr(fused, "spelled_out", lambda state, chosen=spelled_out: chosen)
             again = reranker.score(merged, world.examples, world.pools, world.requests)
-            np.testing.assert_allclose(again, wanted, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(again, wanted, atol=1e-4)
+            prefix = engine.prefill(merged, row)
+            np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
     merged.prompter.limit = prefix.length + 1
     with pytest.raises(CorecError, match="exceeds the backbone's"):
         engine.answer(merged, prefix, row.suffixes)

@@ -64,7 +64,7 @@ def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_pat
     settings, file = prepare(world, atomic, readout=readout)
     train_alone(world, settings, tmp_path / "alone")
     ran = launch(how, file)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-6000:]
     assert ran.stdout.count("8 steps on 2 processes are kept in") == 1, "the first process alone speaks"
     kept = paths.stage_dir("several", "reranker") / "checkpoint.pt"
     one, two = (torch.load(path, weights_only=True) for path in (tmp_path / "alone" / "checkpoint.pt", kept))
@@ -89,7 +89,7 @@ def test_what_one_process_began_two_go_on_with(world: World, atomic: Path, tmp_p
     folder = paths.stage_dir("several", "reranker")
     train_alone(world, settings, folder, stop_after=4)
     ran = launch(how, file)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-6000:]
     assert ran.stdout.count("resumed after step 4") == 1
     one, two = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (tmp_path / "alone", folder))
     np.testing.assert_allclose([row[2] for row in two["rows"]], [row[2] for row in one["rows"]], atol=1e-4)
@@ -120,6 +120,31 @@ def test_deepspeed_missing_or_of_another_stage_ends_in_a_sentence(monkeypatch: p
 def test_a_launch_before_the_notebooks_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reranker.main(["--params", str(PROJECT / "params" / "tiny.yaml")]) == 1
     assert "has no finished stage 'controls': run notebooks/03_control_tokens.ipynb" in capsys.readouterr().err
+
+
+SHARDED = """
+from dataclasses import replace
+import torch
+from corec import backbones, parallel
+devices = replace(parallel.join(), sharded=True)
+model, _ = backbones.tiny_model()
+parallel.shard(model, devices)
+made = model.base_model(inputs_embeds=torch.ones(1, 5, 64, requires_grad=True), output_hidden_states=True)
+assert len(made.hidden_states) == 3
+assert all(map(parallel.is_sharded, model.base_model.layers.parameters())), "none is left whole by the forward pass"
+made.last_hidden_state.sum().backward()
+assert all(map(parallel.is_sharded, model.base_model.layers.parameters()))
+parallel.leave()
+"""
+
+
+def test_layers_are_shards_again_once_they_have_computed(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def test_an_architecture_without_named_layers_cannot_be_sharded() -> None:

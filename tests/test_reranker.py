@@ -305,7 +305,9 @@ def test_untied_models_train_both_tables() -> None:
 
     config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                          num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-    assert reranker.token_layers(LlamaForCausalLM(config), [60, 61]) == {"embed_tokens": [60, 61], "lm_head": [60, 61]}
+    model = LlamaForCausalLM(config)
+    assert reranker.token_layers(model, [60, 61], "index") == {"embed_tokens": [60, 61], "lm_head": [60, 61]}
+    assert reranker.token_layers(model, [60, 61], "late") == {"embed_tokens": [60, 61]}, "its output layer is not looked at"
 
 
 def test_llama_3_in_small_goes_all_the_way(world: World, tmp_path: Path) -> None:
