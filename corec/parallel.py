@@ -122,8 +122,9 @@ def asked_for(name: str) -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes."""
-    PartialState().destroy_process_group()
+    """Part from the other processes, as NCCL asks for; gloo's threads may abort a process that does so at its end."""
+    if torch.cuda.is_available():
+        PartialState().destroy_process_group()
 
 
 def one_first() -> AbstractContextManager[Any]:
