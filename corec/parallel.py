@@ -11,6 +11,7 @@ of one process with the whole batch. The launch's configuration (``params/launch
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -121,10 +122,18 @@ def asked_for(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def leave() -> None:
-    """Part from the other processes, as NCCL asks for; gloo's threads may abort a process that does so at its end."""
+def leave(devices: Devices) -> None:
+    """Part from the other processes once all is written; without a GPU this ends the process.
+
+    gloo's threads now and then abort a process that ends in the ordinary way ("terminate called without an active exception").
+    """
     if torch.cuda.is_available():
         PartialState().destroy_process_group()
+    elif devices.size > 1:
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def one_first() -> AbstractContextManager[Any]:

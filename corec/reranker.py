@@ -899,7 +899,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(curve)} steps on {devices.size} processes are kept in {folder / 'checkpoint.pt'}: notebooks/04_reranker.ipynb "
             "with the same parameters goes on from there."
         )
-    parallel.leave()
+    parallel.leave(devices)
     return 0
 
 

@@ -123,7 +123,6 @@ def test_a_launch_before_the_notebooks_says_what_is_missing(tmp_path: Path, caps
 
 
 SHARDED = """
-import os
 from dataclasses import replace
 import torch
 from corec import backbones, parallel
@@ -135,8 +134,7 @@ assert len(made.hidden_states) == 3
 assert all(map(parallel.is_sharded, model.base_model.layers.parameters())), "none is left whole by the forward pass"
 made.last_hidden_state.sum().backward()
 assert all(map(parallel.is_sharded, model.base_model.layers.parameters()))
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads, still at work, may abort an orderly end
+parallel.leave(devices)
 """
 
 
