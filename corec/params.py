@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from corec import CorecError
 
@@ -60,6 +60,7 @@ WITHOUT_EFFECT = {
         "compare_steps",
         "compare_minutes",
         "compare_orders",
+        "compare_rates",
         "compare_seeds",
     },
 }
@@ -145,6 +146,7 @@ class RerankerParams(Model):
     compare_steps: int = Field(0, ge=0)  # also train every read-out for so many plain steps, to compare them
     compare_minutes: float = Field(0, ge=0)  # also train read-outs before and after for so long each, to compare them
     compare_orders: list[Order] = []  # these alone of them
+    compare_rates: list[PositiveFloat] = Field([1.0], min_length=1)  # the learning rates times these, the best on validation kept
     compare_seeds: int = Field(3, ge=1)  # with so many seeds each
 
 

@@ -1,7 +1,7 @@
 """Which read-out learns fastest, and what the order of the prompt costs: trainings side by side, everything else equal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,50 +84,72 @@ def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: 
     return min(taken)
 
 
+def valid_cp(reranker: Reranker, examples: Examples, params: Params) -> float:
+    """CP@5 (all wishes met) over the validation windows, mean of the requests with a token: what rates are chosen by."""
+    pools, lengths = examples.prepared.pools["valid"], [n for n in params.controls.n_tokens if n]
+    requests = [examples.prepared.requests["valid", n] for n in lengths]
+    found = score(reranker, examples, pools, requests)
+    each = []
+    for place, (n, request) in enumerate(zip(lengths, requests, strict=True)):
+        judged = evaluation.judge(pools, request, examples.prepared.table.values_of)
+        each.append(evaluation.by_window(evaluation.order_by(found[:, place]), judged, [K])["cp", K, n])
+    return float(np.mean(each))
+
+
 def compare_orders(
     items: pd.DataFrame, examples: Examples, params: Params, folder: Path
 ) -> tuple[dict[tuple[str, int], np.ndarray], pd.DataFrame]:
     """Train entries of :data:`ORDERS` with `compare_seeds` seeds, each for `compare_minutes`, and score the test windows.
 
-    Half of the time goes to the plain prompt, half to the whole one: as many steps as a trial step of each foretells. What
-    is done is kept in `folder`, so that a second call goes on after the last whole training.
+    Half of the time goes to the plain prompt, half to the whole one: as many steps as a trial step of each foretells. Where
+    `compare_rates` names several, the first seed trains with each, and the best on validation (:func:`valid_cp`) is that
+    variant's for all seeds. What is done is kept in `folder`, so that a second call goes on after the last whole training.
 
     Returns
     -------
     Scores [windows, R, K] by name and seed, of a request of each of ``controls.n_tokens``, and the trainings' rows (see
-    :func:`corec.reranker.train`) with columns ``variant seed requests``, the supervised requests up to that step.
+    :func:`corec.reranker.train`) with columns ``variant seed rate valid_cp requests``, the last being the supervised requests
+    up to that step. ``valid_cp`` is there where several rates are.
     """
     pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
     folder.mkdir(parents=True, exist_ok=True)
     scores, curves, steps = {}, [], {}
-    own = [paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
-    for seed in range(params.seed, params.seed + params.reranker.compare_seeds):
-        for name in params.reranker.compare_orders or ORDERS:
-            changes, minutes = ORDERS[name], params.reranker.compare_minutes
-            kept = folder / f"{name.replace(', ', '-')}-{seed}-{paths.digest([own, changes, minutes])}.npz"
-            if not kept.exists():
-                variant = with_reranker(params, **changes, max_minutes=minutes).model_copy(update={"seed": seed})
-                reranker = build(items, examples.prepared.table, variant.reranker, seed)
-                if name not in steps:
-                    each = [step_seconds(reranker, examples, variant, plain) for plain in (True, False)]
-                    steps[name] = [max(1, round(30 * minutes / seconds)) for seconds in each]
-                print(f"{name}, seed {seed}: {steps[name][0]} plain and {steps[name][1]} whole steps", flush=True)
-                variant = with_reranker(variant, curriculum_steps=steps[name][0], steps=steps[name][1])
-                curve = train(reranker, examples, variant, None)
-                found = score(reranker, examples, pools, requests, report=name)
-                with kept.with_suffix(".part").open("wb") as file:
-                    np.savez(file, scores=found, curve=curve.to_numpy(dtype=float))
-                kept.with_suffix(".part").replace(kept)
-                del reranker
-            saved = np.load(kept)
-            scores[name, seed] = saved["scores"]
-            curve = pd.DataFrame(saved["curve"], columns=["step", "plain", "loss", "seconds", "tokens"])
-            asked = {
-                "batch_size": params.reranker.batch_size,
-                "requests_per_window": params.reranker.requests_per_window,
-            } | changes
+    own, tuned = params.reranker, len(params.reranker.compare_rates) > 1
+    before = [paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
+    names: Sequence[str] = own.compare_orders or list(ORDERS)
+    rates = {name: own.compare_rates for name in names}
+    for seed in range(params.seed, params.seed + own.compare_seeds):
+        for name in names:
+            changes, minutes, found = ORDERS[name], own.compare_minutes, {}
+            for rate in rates[name]:
+                kept = folder / f"{name.replace(', ', '-')}-{seed}-{paths.digest([before, changes, minutes, rate, tuned])}.npz"
+                if not kept.exists():
+                    rated = {key: rate * getattr(own, key) for key in ("lr", "lr_head", "lr_rows")}
+                    variant = with_reranker(params, **changes, **rated, max_minutes=minutes).model_copy(update={"seed": seed})
+                    reranker = build(items, examples.prepared.table, variant.reranker, seed)
+                    if name not in steps:
+                        each = [step_seconds(reranker, examples, variant, plain) for plain in (True, False)]
+                        steps[name] = [max(1, round(30 * minutes / seconds)) for seconds in each]
+                    plain, whole = steps[name]
+                    print(f"{name}, seed {seed}, rate × {rate:g}: {plain} plain and {whole} whole steps", flush=True)
+                    variant = with_reranker(variant, curriculum_steps=plain, steps=whole)
+                    trained = train(reranker, examples, variant, None).to_numpy(dtype=float)
+                    valid = valid_cp(reranker, examples, params) if tuned else np.nan
+                    with kept.with_suffix(".part").open("wb") as file:
+                        np.savez(file, scores=score(reranker, examples, pools, requests, report=name), curve=trained, valid=valid)
+                    kept.with_suffix(".part").replace(kept)
+                    del reranker
+                found[rate] = np.load(kept)
+            best = max(found, key=lambda rate: float(found[rate]["valid"])) if len(found) > 1 else rates[name][0]
+            if len(found) > 1:
+                print(f"{name}: rate × {best:g} is the best of {list(found)} on validation", flush=True)
+            rates[name], scores[name, seed] = [best], found[best]["scores"]
+            asked = {"batch_size": own.batch_size, "requests_per_window": own.requests_per_window} | changes
             each_step = asked["batch_size"] * asked["requests_per_window"]
-            curves.append(curve.assign(variant=name, seed=seed, requests=each_step * (curve["step"] + 1)))
+            for rate, saved in found.items():
+                curve = pd.DataFrame(saved["curve"], columns=["step", "plain", "loss", "seconds", "tokens"])
+                curve = curve.assign(variant=name, seed=seed, rate=rate, valid_cp=float(saved["valid"]))
+                curves.append(curve.assign(requests=each_step * (curve["step"] + 1)))
     return scores, pd.concat(curves, ignore_index=True)
 
 
@@ -190,11 +212,13 @@ def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Training loss over time and over requests, and CP@5 by tokens with intervals."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     colors = dict(zip(ORDERS, sns.color_palette(), strict=False)) | {"rule": "grey"}
-    curves = curves.assign(smoothed=curves.groupby(["variant", "seed"])["loss"].transform(lambda loss: loss.ewm(span=8).mean()))
+    curves = curves.assign(rate=curves.get("rate", 1.0))
+    by_training = curves.groupby(["variant", "seed", "rate"])["loss"]
+    curves = curves.assign(smoothed=by_training.transform(lambda loss: loss.ewm(span=8).mean()))
     for axis, of in zip(axes, ("seconds", "requests"), strict=False):
         sns.lineplot(
-            curves, x=of, y="smoothed", hue="variant", palette=colors, units="seed", estimator=None, linewidth=0.9, legend=False,
-            ax=axis,
+            curves, x=of, y="smoothed", hue="variant", palette=colors, style="rate", units="seed", estimator=None, linewidth=0.9,
+            style_order=sorted(set(curves["rate"]), reverse=True), legend=False, ax=axis,
         )  # fmt: skip
         axis.set(ylabel="RankNet loss (0.69 = chance)", xlabel={"requests": "supervised requests"}.get(of, of))
     axes[1].set(xscale="log")

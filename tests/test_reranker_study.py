@@ -7,6 +7,7 @@ from test_reranker import World
 
 from corec import evaluation, reranker_study
 from corec.params import Params
+from corec.reranker import Examples, Reranker, train
 
 
 @pytest.fixture
@@ -46,6 +47,48 @@ def test_some_orders_alone(world: World, tmp_path: Path) -> None:
     table = reranker_study.judge_orders(scores, world.examples, users(world), params)
     assert (table[table["variant"] == "candidate, before"]["ahead"] == 0).all()
     reranker_study.keep_orders(table, curves, tmp_path / "figures")
+
+
+def test_the_first_seed_tries_the_rates_and_validation_chooses(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def taken(reranker: Reranker, examples: Examples, params: Params, folder: None) -> pd.DataFrame:
+        trained.append((params.seed, params.reranker.lr))
+        return train(reranker, examples, params, folder)
+
+    monkeypatch.setattr(reranker_study, "train", taken)
+    monkeypatch.setattr(reranker_study, "valid_cp", lambda *_: 0.9 if trained[-1][1] == 0.5 * given.reranker.lr else 0.1)
+    given = reranker_study.with_reranker(settings(world), compare_orders=["late, after"], compare_rates=[1.0, 0.5, 0.25])
+    scores, curves = reranker_study.compare_orders(world.tables.items, world.examples, given, tmp_path / "stage")
+    lr = given.reranker.lr
+    assert trained == [(0, lr), (0, 0.5 * lr), (0, 0.25 * lr), (1, 0.5 * lr)] and list(scores) == [
+        ("late, after", 0),
+        ("late, after", 1),
+    ]
+    assert curves.groupby(["seed", "rate"])["valid_cp"].first().to_dict() == {
+        (0, 0.25): 0.1,
+        (0, 0.5): 0.9,
+        (0, 1.0): 0.1,
+        (1, 0.5): 0.9,
+    }
+    reranker_study.keep_orders(
+        reranker_study.judge_orders(scores, world.examples, users(world), given), curves, tmp_path / "figures"
+    )
+
+
+def test_rates_are_chosen_by_the_cp_of_validation_requests(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, values = world.prepared.pools["valid"], world.prepared.table.values_of
+    rule, scores = [], []
+    for n in (1, 2):
+        judged = evaluation.judge(pools, world.prepared.requests["valid", n], values)
+        rule.append(evaluation.by_window(evaluation.rule_order(pools, judged.met), judged, [5])["cp", 5, n].mean())
+        scores.append(judged.met.sum(2) - 0.01 * pools.retriever_rank)
+    monkeypatch.setattr(reranker_study, "score", lambda *_: np.stack(scores, axis=1))
+    params = settings(world)
+    assert world.controls.n_tokens == [0, 1, 2]
+    assert reranker_study.valid_cp(world.build(params), world.examples, params) == pytest.approx(np.mean(rule))
 
 
 def test_trial_steps_leave_nothing_behind(world: World) -> None:
