@@ -1,5 +1,6 @@
 """The timings of ``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from corec import controls, data, engine, params, paths, reranker
+from corec import controls, data, engine, machine, params, paths, reranker
 from corec.bench import Figure, oracle, percentiles, seconds
 
 REQUESTS = 8
@@ -66,6 +67,7 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
     lengths = [1 + place % 3 for place in range(REQUESTS)]
     requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
     rows = reranker.make_rows(model, examples, pools, requests)
+    yield Figure("cores", os.cpu_count() or 1, "", machine.name())
     yield Figure("prefix_tokens", float(np.mean([len(row.prefix) for row in rows])), "tokens")
     yield Figure("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
     yield from training(settings, examples, model, plain)

@@ -65,14 +65,18 @@ def peak_memory_mb() -> float:
 
 
 def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: int = 2) -> Iterator[Figure]:
-    """A training step with and without gradient checkpointing, packed scoring, one request against a kept prefix.
+    """Training with and without gradient checkpointing, packed scoring, one request against a kept prefix.
+
+    The re-ranker is set up as in the default run (`late`, requests after the candidates). Training is the forward and the
+    backward pass; the optimiser moves a few million numbers beside them. Attention counts as the half that a causal mask
+    leaves, unlike in ``bench engine``, whose bare products do the whole square as well.
 
     Parameters
     ----------
     tokens
         Length of a row, its requests included.
     windows
-        Rows in one pass.
+        Rows of a training step, of which ``micro_batch`` share a pass, and of a scoring pass.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -80,7 +84,7 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
     params = RerankerParams()
     model = large(params)
     config, rng = model.causal.config, np.random.default_rng(0)
-    name = torch.cuda.get_device_name() if gpu else "no GPU: a small twin"
+    name = machine.name() if gpu else f"no GPU, a small twin: {machine.name()}"
     yield Figure("parameters", float(sum(value.numel() for value in model.model.parameters())), "", name)
     bare = matmul_rate(8192 if gpu else 1024, model.causal.dtype, machine.device())
     yield Figure("matmul_rate", bare / 1e12, "TFLOP/s", name)

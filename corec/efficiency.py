@@ -4,7 +4,6 @@ A *list* is K items for one user under one request. Latency is that of one list 
 that of lists computed together. The re-ranker has its adapter merged into the backbone, as one would serve it.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
     hours = 1000 / table["lists_per_s"] / 3600
     table["items_per_s"], table["usd_per_1000"] = table["K"] * table["lists_per_s"], own.usd_per_hour * hours
     order = ["system", "K", "n_tokens", "p50_ms", "p95_ms", "lists_per_s", "items_per_s", "prompt_tokens", "usd_per_1000"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    about = {"backbone": params.reranker.backbone, "dtype": str(merged.causal.dtype).removeprefix("torch."), "device": device}
+    dtype = str(merged.causal.dtype).removeprefix("torch.")
+    about = {"backbone": params.reranker.backbone, "dtype": dtype, "device": machine.name()}
     return table[order].astype({"n_tokens": "Int64"}).assign(dataset=params.data.name, **about)
 
 

@@ -2,7 +2,7 @@
 
 :meth:`corec.reranker.Reranker.forward` scores all requests of a window that are known beforehand in one row. Here the
 keys and values of the prefix (instruction, history, candidates) are kept, and for `late` the candidates' states too, so
-that a further request is a pass over its ten tokens and one small product a candidate.
+that a further request is a pass over its few tokens and one small product a candidate.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ class Prefix:
 def merge(reranker: Reranker) -> Reranker:
     """The re-ranker with its adapter written into the backbone's weights, in place: for scoring alone.
 
-    That spares two small products and an addition for each of a layer's seven, and lets the layers be computed in fewer
-    operations where the architecture is Llama's or near it (see :mod:`corec.fused`). In bfloat16 the merged weights are
+    That spares two small products and an addition for each of a layer's seven projections, and lets the layers be computed in
+    fewer operations where the architecture is Llama's or near it (see :mod:`corec.fused`). In bfloat16 the merged weights are
     rounded, which moves scores a little.
     """
     if not isinstance(reranker.model, PeftModel):

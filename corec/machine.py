@@ -1,6 +1,8 @@
 """What this machine is good at."""
 
 import functools
+import os
+import platform
 import time
 
 import torch
@@ -9,6 +11,15 @@ import torch
 def device() -> str:
     """Where models go: a GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def name() -> str:
+    """The GPU's name; without one the processor's, its cores, and which instructions for bfloat16 it has."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    special = [flag for flag in ("avx512_bf16", "amx_bf16") if found.get(flag)]
+    return ", ".join([found.get("cpu_name", platform.machine()), f"{os.cpu_count()} cores", *special])
 
 
 @functools.cache

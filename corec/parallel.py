@@ -1,7 +1,8 @@
 """Training on several devices, as ``accelerate launch`` starts it: a share of each step's windows on each, gradients summed.
 
 All processes draw the same batch from seed and step, each computes its own windows, and the sum of their gradients is that
-of one process with the whole batch. The launch's configuration (``params/launch/``) says where the weights are:
+of one process with the whole batch (but for dropout, which each draws for itself). The launch's configuration
+(``params/launch/``) says where the weights are:
 
 - data parallel: all of them on every device. Only the few gradients of the adapter, head and new rows travel.
 - FSDP: those of each transformer layer in equal shards, put together while the layer computes (``fully_shard``).

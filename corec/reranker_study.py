@@ -1,4 +1,4 @@
-"""Which read-out learns fastest, and what the order of the prompt costs: trainings side by side, everything else equal."""
+"""Which read-out learns fastest, and what the order of the prompt costs: trainings side by side, of about equal cost."""
 
 import time
 from collections.abc import Mapping, Sequence
