@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 PROBE = 12  # tokens on which the fused layers are tried
 FEW = 128  # tokens up to which a product may be turned round
+MANY = 320  # tokens of a prompt, with which attention is timed
 
 
 class Layer(NamedTuple):
@@ -61,12 +62,7 @@ def product(state: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = F
     return (made if bias is None else made + bias).reshape(*state.shape[:-1], -1)
 
 
-def spelled_out(state: Tensor) -> bool:
-    """Whether attention is two products and a softmax: on a CPU in half precision that took .4 of the time of torch's kernel."""
-    return state.device.type == "cpu" and state.dtype != torch.float32
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, spelled: bool = False) -> Tensor:
     """What every head sees, [batch, L, heads, head width].
 
     Parameters
@@ -74,11 +70,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     query, key, value
         [batch, heads, L, head width] and twice [batch, key heads, columns, head width].
     bias
-        To be added to the scores: [batch, 1, L, columns], or where attention is :func:`spelled_out` the same once for each
-        head of a group, [batch, 1, heads / key heads * L, columns].
+        To be added to the scores: [batch, 1, L, columns], or where attention is `spelled` the same once for each head of a
+        group, [batch, 1, heads / key heads * L, columns].
+    spelled
+        As two products and a softmax, not by torch's kernel.
     """
     (batch, heads, length, width), groups = query.shape, key.shape[1]
-    if spelled_out(query):  # row by row, so that the scores stay in the processor's cache
+    if spelled:  # row by row, so that the scores stay in the processor's cache
         seen = query.new_empty(batch, length, heads, width)
         for ours, theirs, values, added, out in zip(query, key, value, bias, seen, strict=True):
             scores = torch.baddbmm(added.expand(groups, -1, -1), ours.reshape(groups, -1, width), theirs.mT, alpha=scale)
@@ -108,7 +106,7 @@ class Fused:
         if any(type(part) is not nn.Linear for part in plain):  # quantised weights, say, which are to stay as they are
             raise TypeError("projections of another kind")
         self.layers = [self.take(layer) for layer in base.layers]
-        self.turned = self.faster_turned()
+        self.turned, self.spelled = self.faster_turned(), (self.faster_spelled(PROBE), self.faster_spelled(MANY))
 
     def faster_turned(self) -> bool:
         """Whether products of a few tokens are faster turned round, timed on all layers' weights as they come from memory.
@@ -125,6 +123,29 @@ class Fused:
             return min(timeit.repeat(lambda: [product(states[w.shape[1]], w, None, turned) for w in weights], number=1, repeat=4))
 
         return seconds(True) < seconds(False)
+
+    def faster_spelled(self, tokens: int) -> bool:
+        """Whether attention of so many tokens to a prompt is faster as two products and a softmax than by torch's kernel, timed.
+
+        Considered on a CPU in half precision. Of a whole prompt it took 0.4 of the kernel's time on an AMD EPYC, twice as long on
+        a Xeon whose matrix units the kernel uses.
+        """
+        like = self.norm[0]
+        if like.device.type != "cpu" or like.dtype == torch.float32:
+            return False
+        query, key = (like.new_ones(1, heads, n, self.width) for heads, n in ((self.queries, tokens), (self.keys, MANY)))
+        bias = like.new_zeros(1, 1, tokens, MANY)
+        rows = bias.repeat(1, 1, self.queries // self.keys, 1)
+
+        def seconds(spelled: bool) -> float:
+            added = rows if spelled else bias
+            return min(timeit.repeat(lambda: attention(query, key, key, added, self.scale, spelled), number=5, repeat=5))
+
+        return seconds(True) < seconds(False)
+
+    def spells(self, state: Tensor) -> bool:
+        """Whether attention of the tokens of `state` [batch, L, hidden] is spelled out."""
+        return self.spelled[state.shape[:-1].numel() > FEW]
 
     @staticmethod
     def take(layer: Any) -> Layer:
@@ -163,7 +184,7 @@ class Fused:
     def tables(self, like: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What all layers share: the mask as numbers to add, cosine, and sine with its first half negated, of the positions."""
         bias = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if spelled_out(like):
+        if self.spells(like):
             bias = bias.repeat(1, 1, self.queries // self.keys, 1)
         cos, sin = (table[:, :, None] for table in self.rotary(like, positions))  # [batch, L, 1, head width]
         half = self.width // 2
@@ -190,7 +211,7 @@ class Fused:
             key, value = torch.cat([kept_key, key], dim=2), torch.cat([kept_value, value], dim=2)
         elif cache is not None:
             key, value = cache.update(key, value, number)
-        seen = attention(query, key, value, bias, self.scale).reshape(batch, length, -1)
+        seen = attention(query, key, value, bias, self.scale, self.spells(state)).reshape(batch, length, -1)
         state = state + product(seen, layer.out.weight, layer.out.bias, self.turned)
         normed = F.rms_norm(state, (hidden,), *layer.after)
         gate, up = product(normed, layer.gate_up, layer.gate_up_bias, self.turned).chunk(2, dim=-1)

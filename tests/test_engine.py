@@ -91,9 +91,9 @@ def test_merged_it_scores_alike_and_single_requests_too(
     assert engine.merge(merged) is merged, "nothing to merge"
     if merged.fused:
         monkeypatch.setattr(fused, "FEW", 10_000)
-        for turned, spelled_out in ((False, False), (True, False), (False, True)):  # all that depends on the machine
+        for turned, spelled in ((False, False), (True, False), (False, True)):  # all that depends on the machine
             monkeypatch.setattr(merged.fused, "turned", turned)
-            monkeypatch.setattr(fused, "spelled_out", lambda state, chosen=spelled_out: chosen)
+            monkeypatch.setattr(merged.fused, "spelled", (spelled, spelled))
             again = reranker.score(merged, world.examples, world.pools, world.requests)
             np.testing.assert_allclose(again, wanted, atol=1e-4)
             prefix = engine.prefill(merged, row)
