@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import time
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def name() -> str:
     """The GPU's name; without one the processor's, its cores, and which instructions for bfloat16 it has."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     special = [flag for flag in ("avx512_bf16", "amx_bf16") if found.get(flag)]
     return ", ".join([found.get("cpu_name", platform.machine()), f"{os.cpu_count()} cores", *special])
 
