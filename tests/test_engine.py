@@ -11,7 +11,7 @@ import torch
 from test_reranker import World, textbook_scores, unlike_start
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corec import CorecError, backbones, bench_engine, bench_large, engine, fused, reranker
+from corec import CorecError, backbones, bench_engine, bench_large, engine, fused, machine, reranker
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -216,7 +216,9 @@ def test_the_bench_of_the_large_shape_runs_in_small() -> None:
     found = {figure.name: figure for figure in bench_large.bench_large(tokens=200, k=5, requests=2)}
     rates = [found[f"{name}_vs_matmul_rate"].ratio for name in ("train", "train_checkpointing", "score")]
     assert all(rate is not None and rate > 0 for rate in rates)
-    assert found["parameters"].baseline == (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a small twin")
+    assert found["parameters"].baseline == (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, a small twin: {machine.name()}"
+    )
     assert found["one_request_cached"].baseline == "prefix of 180 tokens"
 
 
