@@ -84,7 +84,7 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
     params = RerankerParams()
     model = large(params)
     config, rng = model.causal.config, np.random.default_rng(0)
-    name = machine.name() if gpu else f"no GPU, a small twin: {machine.name()}"
+    name = ("" if gpu else "no GPU, a small twin: ") + machine.name()
     yield Figure("parameters", float(sum(value.numel() for value in model.model.parameters())), "", name)
     bare = matmul_rate(8192 if gpu else 1024, model.causal.dtype, machine.device())
     yield Figure("matmul_rate", bare / 1e12, "TFLOP/s", name)

@@ -9,6 +9,8 @@ and gives None where the two differ.
 """
 
 import timeit
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +55,12 @@ def norm(module: Any) -> tuple[Tensor, float]:
     return module.weight.detach(), module.variance_epsilon
 
 
+def faster(work: Callable[[bool], object], number: int) -> bool:
+    """Whether ``work(True)`` takes less time than ``work(False)``, the fastest of five times `number` calls of each."""
+    taken = [min(timeit.repeat(partial(work, way), number=number, repeat=5)) for way in (True, False)]
+    return taken[0] < taken[1]
+
+
 def product(state: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
     """``F.linear``; of few tokens, where `turned`, as weight times state, which gives the kernel another shape to choose from."""
     tokens = state.shape[:-1].numel()
@@ -62,7 +70,7 @@ def product(state: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = F
     return (made if bias is None else made + bias).reshape(*state.shape[:-1], -1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, spelled: bool = False) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, spelled: bool) -> Tensor:
     """What every head sees, [batch, L, heads, head width].
 
     Parameters
@@ -118,11 +126,7 @@ class Fused:
             return False
         weights = [weight for layer in self.layers for weight in (layer.qkv, layer.out.weight, layer.gate_up, layer.down.weight)]
         states = {weight.shape[1]: weight.new_ones(PROBE, weight.shape[1]) for weight in weights}
-
-        def seconds(turned: bool) -> float:
-            return min(timeit.repeat(lambda: [product(states[w.shape[1]], w, None, turned) for w in weights], number=1, repeat=4))
-
-        return seconds(True) < seconds(False)
+        return faster(lambda turned: [product(states[w.shape[1]], w, None, turned) for w in weights], 1)
 
     def faster_spelled(self, tokens: int) -> bool:
         """Whether attention of so many tokens to a prompt is faster as two products and a softmax than by torch's kernel, timed.
@@ -136,12 +140,7 @@ class Fused:
         query, key = (like.new_ones(1, heads, n, self.width) for heads, n in ((self.queries, tokens), (self.keys, MANY)))
         bias = like.new_zeros(1, 1, tokens, MANY)
         rows = bias.repeat(1, 1, self.queries // self.keys, 1)
-
-        def seconds(spelled: bool) -> float:
-            added = rows if spelled else bias
-            return min(timeit.repeat(lambda: attention(query, key, key, added, self.scale, spelled), number=5, repeat=5))
-
-        return seconds(True) < seconds(False)
+        return faster(lambda spelled: attention(query, key, key, rows if spelled else bias, self.scale, spelled), 5)
 
     def spells(self, state: Tensor) -> bool:
         """Whether attention of the tokens of `state` [batch, L, hidden] is spelled out."""

@@ -96,6 +96,36 @@ def valid_cp(reranker: Reranker, examples: Examples, params: Params) -> float:
     return float(np.mean(each))
 
 
+def train_order(
+    items: pd.DataFrame, examples: Examples, params: Params, label: str, steps: tuple[int, int] | None, kept: Path
+) -> tuple[int, int]:
+    """One training of :func:`compare_orders`, by the settings in `params`, whose results go whole into the file `kept`.
+
+    Parameters
+    ----------
+    steps
+        On the plain and on the whole prompt; without them, as many as trial steps foretell for half of the time each.
+
+    Returns
+    -------
+    The steps.
+    """
+    reranker = build(items, examples.prepared.table, params.reranker, params.seed)
+    if steps is None:
+        each = [step_seconds(reranker, examples, params, plain) for plain in (True, False)]
+        plain, whole = (max(1, round(30 * params.reranker.max_minutes / seconds)) for seconds in each)
+        steps = plain, whole
+    print(f"{label}: {steps[0]} plain and {steps[1]} whole steps", flush=True)
+    curve = train(reranker, examples, with_reranker(params, curriculum_steps=steps[0], steps=steps[1]), None)
+    valid = valid_cp(reranker, examples, params) if len(params.reranker.compare_rates) > 1 else np.nan
+    pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
+    found = score(reranker, examples, pools, requests, report=label)
+    with kept.with_suffix(".part").open("wb") as file:
+        np.savez(file, scores=found, curve=curve.to_numpy(dtype=float), valid=valid)
+    kept.with_suffix(".part").replace(kept)
+    return steps
+
+
 def compare_orders(
     items: pd.DataFrame, examples: Examples, params: Params, folder: Path
 ) -> tuple[dict[tuple[str, int], np.ndarray], pd.DataFrame]:
@@ -111,13 +141,13 @@ def compare_orders(
     :func:`corec.reranker.train`) with columns ``variant seed rate valid_cp requests``, the last being the supervised requests
     up to that step. ``valid_cp`` is there where several rates are.
     """
-    pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
     folder.mkdir(parents=True, exist_ok=True)
-    scores, curves, steps = {}, [], {}
+    scores, curves = {}, []
     own, tuned = params.reranker, len(params.reranker.compare_rates) > 1
     before = [paths.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     names: Sequence[str] = own.compare_orders or list(ORDERS)
     rates = {name: own.compare_rates for name in names}
+    steps: dict[str, tuple[int, int] | None] = dict.fromkeys(names)
     for seed in range(params.seed, params.seed + own.compare_seeds):
         for name in names:
             changes, minutes, found = ORDERS[name], own.compare_minutes, {}
@@ -126,21 +156,10 @@ def compare_orders(
                 if not kept.exists():
                     rated = {key: rate * getattr(own, key) for key in ("lr", "lr_head", "lr_rows")}
                     variant = with_reranker(params, **changes, **rated, max_minutes=minutes).model_copy(update={"seed": seed})
-                    reranker = build(items, examples.prepared.table, variant.reranker, seed)
-                    if name not in steps:
-                        each = [step_seconds(reranker, examples, variant, plain) for plain in (True, False)]
-                        steps[name] = [max(1, round(30 * minutes / seconds)) for seconds in each]
-                    plain, whole = steps[name]
-                    print(f"{name}, seed {seed}, rate × {rate:g}: {plain} plain and {whole} whole steps", flush=True)
-                    variant = with_reranker(variant, curriculum_steps=plain, steps=whole)
-                    trained = train(reranker, examples, variant, None).to_numpy(dtype=float)
-                    valid = valid_cp(reranker, examples, params) if tuned else np.nan
-                    with kept.with_suffix(".part").open("wb") as file:
-                        np.savez(file, scores=score(reranker, examples, pools, requests, report=name), curve=trained, valid=valid)
-                    kept.with_suffix(".part").replace(kept)
-                    del reranker
+                    label = f"{name}, seed {seed}, rate × {rate:g}"
+                    steps[name] = train_order(items, examples, variant, label, steps[name], kept)
                 found[rate] = np.load(kept)
-            best = max(found, key=lambda rate: float(found[rate]["valid"])) if len(found) > 1 else rates[name][0]
+            best = max(found, key=lambda rate: float(found[rate]["valid"]))
             if len(found) > 1:
                 print(f"{name}: rate × {best:g} is the best of {list(found)} on validation", flush=True)
             rates[name], scores[name, seed] = [best], found[best]["scores"]
