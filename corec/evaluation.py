@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, controls, paths
-from corec.controls import Pools
+from corec import CorecError, controls, paths, stages
+from corec.controls import Pools, standardise
 from corec.intervals import by_user, intervals
 from corec.params import Params
-from corec.reranker import standard
 
 COLUMNS = "dataset protocol K n_tokens tau model seed metric k value low high n_users".split()
 MODELS = "sasrec hard-filter rule zero-shot no-token corec".split()
+ALONE = "no-token-alone corec-alone".split()  # the language model's own scores, without the retriever's (alpha = 0)
 METRICS = "ndcg hr cp cp_bonus cd cd_bonus ndcg_graded chp csr".split()
 ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, np.inf)
 
@@ -75,8 +75,8 @@ def blend(scores: np.ndarray, pools: Pools, alpha: float) -> np.ndarray:
 
     ``alpha = inf`` is the retriever's order alone.
     """
-    retriever = standard(pools.retriever_score) - 1e-6 * pools.retriever_rank
-    return retriever if np.isinf(alpha) else standard(scores) + alpha * retriever
+    retriever = standardise(pools.retriever_score) - 1e-6 * pools.retriever_rank
+    return retriever if np.isinf(alpha) else standardise(scores) + alpha * retriever
 
 
 def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tuple[str, int, int], np.ndarray]:
@@ -152,13 +152,20 @@ def rankings(pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray
     return orders | {name: order_by(scores) for name, scores in model_scores.items()}
 
 
-def tidy(
+class Values(NamedTuple):
+    """Every metric of every window, for all numbers of tokens and all models."""
+
+    keys: list[tuple[int, str, str, int, int]]  # n_tokens, model, metric, k, tau
+    values: np.ndarray  # [windows, keys]
+
+
+def measure(
     orders: Mapping[int, Mapping[str, np.ndarray]],
     judged: Mapping[int, Judged],
-    users: np.ndarray,
     params: Params,
-) -> pd.DataFrame:
-    """The results as one table with the columns of `COLUMNS`.
+    models: Sequence[str] | None = None,
+) -> Values:
+    """All metrics of all rankings, window by window (see :func:`by_window`).
 
     Parameters
     ----------
@@ -166,28 +173,68 @@ def tidy(
         n_tokens -> model -> ranking [windows, K].
     judged
         n_tokens -> the windows judged under their requests.
+    params
+        Of the run: the cut-offs.
+    models
+        These alone of the models.
+    """
+    keys, columns = [], []
+    for n, rankings_of in orders.items():
+        for model, order in rankings_of.items():
+            if models is None or model in models:
+                for (metric, k, tau), values in by_window(order, judged[n], params.evaluation.ks).items():
+                    keys.append((n, model, metric, k, tau))
+                    columns.append(values)
+    return Values(keys, np.stack(columns, axis=1).astype(float))
+
+
+def per_window(measured: Values, pools: Pools, interactions: pd.DataFrame, windows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Every metric of every window, so that a user can be followed from the raw file to a point in a figure.
+
+    Returns
+    -------
+    Columns ``user user_id window model n_tokens seed metric k tau value``; `k` is empty for ``cd``, `tau` for metrics without
+    a threshold.
+    """
+    users = windows.set_index("window").loc[pools.window, "user"].to_numpy()
+    ids = interactions.drop_duplicates("user").set_index("user")["user_id"]
+    keys = pd.DataFrame(measured.keys, columns=["n_tokens", "model", "metric", "k", "tau"])
+    keys = keys.assign(k=keys["k"].replace(0, pd.NA).astype("Int64"), tau=keys["tau"].replace(0, pd.NA).astype("Int64"))
+    count = len(pools.window)
+    table = keys.loc[np.repeat(np.arange(len(keys)), count)].reset_index(drop=True)
+    for name in ("model", "metric"):
+        table[name] = table[name].astype("category")
+    each = {"user": users, "user_id": ids[users].to_numpy(), "window": pools.window}
+    table = table.assign(
+        **{name: np.tile(values, len(keys)) for name, values in each.items()}, seed=seed, value=measured.values.T.ravel()
+    )
+    return table[["user", "user_id", "window", "model", "n_tokens", "seed", "metric", "k", "tau", "value"]]
+
+
+def tidy(measured: Values, users: np.ndarray, params: Params) -> pd.DataFrame:
+    """The results as one table with the columns of `COLUMNS`.
+
+    Parameters
+    ----------
+    measured
+        Of :func:`measure`.
     users
         User of each window.
+    params
+        Of the run.
 
     Returns
     -------
     One row for each n_tokens, model, metric, k and tau; `k` is empty for ``cd``, `tau` for metrics without one.
     """
-    keys: list[tuple[int, str, tuple[str, int, int]]] = []
-    columns: list[np.ndarray] = []
-    for n, models in orders.items():
-        for model, order in models.items():
-            for key, values in by_window(order, judged[n], params.evaluation.ks).items():
-                keys.append((n, model, key))
-                columns.append(values)
-    values = by_user(np.stack(columns, axis=1).astype(float), users)
+    values = by_user(measured.values, users)
     low, high = intervals(values, params.evaluation, params.seed)
     table = pd.DataFrame(
-        [(n, tau or None, model, metric, k or None) for n, model, (metric, k, tau) in keys],
+        [(n, tau or None, model, metric, k or None) for n, model, metric, k, tau in measured.keys],
         columns=["n_tokens", "tau", "model", "metric", "k"],
     ).astype({"tau": "Int64", "k": "Int64"})
     table = table.assign(
-        dataset=params.data.name,
+        dataset=params.data.dataset,
         protocol=params.controls.protocol,
         K=params.controls.k,
         seed=params.seed,
@@ -215,9 +262,27 @@ def error_bars(rows: pd.DataFrame) -> list[pd.Series]:
     return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
 
 
+def load_scores(run: str) -> dict[tuple[str, str], np.ndarray]:
+    """Scores [windows, R, K] of a run by model and split, requests in the order of ``controls.n_tokens``.
+
+    Raises
+    ------
+    CorecError
+        When stage 04 has not finished.
+    """
+    stages.require(run, "reranker")
+    table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
+    return {
+        (str(model), str(split)): np.stack(
+            [np.stack(list(part["scores"])) for _, part in rows.groupby("n_tokens", sort=False)], axis=1
+        )
+        for (model, split), rows in table.groupby(["model", "split"], sort=False)
+    }
+
+
 def load(run: str) -> pd.DataFrame:
     """The results table of a run (raises CorecError when stage 05 has not finished)."""
-    paths.require(run, "evaluation")
+    stages.require(run, "evaluation")
     return read(paths.stage_dir(run, "evaluation") / "metrics.csv")
 
 

@@ -1,6 +1,6 @@
 """Stage 06: Figures 6, 7 and 8 from the results table, and from nothing else."""
 
-import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, paths
+from corec import CorecError, evaluation, files, paths, stages
 from corec.params import Params
 
 PALETTE = dict(zip(evaluation.MODELS, sns.color_palette("colorblind", len(evaluation.MODELS)), strict=True))
@@ -45,12 +45,12 @@ def figure6_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
     """Rows of Figure 6: CP@k at the strictest threshold, and NDCG@k, by number of control tokens."""
     asked = table[table["n_tokens"] > 0]
     strict = evaluation.pick(asked[asked["tau"] == asked["n_tokens"]], metric="cp", k=k)
-    return in_order(pd.concat([strict, evaluation.pick(asked, metric="ndcg", k=k)]))
+    return in_order(evaluation.pick(pd.concat([strict, evaluation.pick(asked, metric="ndcg", k=k)]), model=evaluation.MODELS))
 
 
 def figure7_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
     """Rows of Figure 7: CP@k by threshold, at the largest number of control tokens."""
-    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=table["n_tokens"].max()))
+    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=table["n_tokens"].max(), model=evaluation.MODELS))
 
 
 def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -108,7 +108,7 @@ def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
             "choose one of these, or evaluate more in evaluation.ks and controls.n_tokens."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    written: list[Path] = []
     with sns.axes_style("whitegrid"):
         for name, rows_of, draw_it in (
             ("fig6", figure6_table, figure6),
@@ -116,63 +116,110 @@ def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
             ("fig8", figure8_table, figure8),
         ):
             rows = rows_of(table, k)
-            files += [folder / f"{name}.png", folder / f"{name}.csv"]
-            rows.to_csv(files[-1], index=False, float_format="%.6g")
+            written += [folder / f"{name}.png", folder / f"{name}.csv"]
+            rows.to_csv(written[-1], index=False, float_format="%.6g")
             figure = draw_it(rows, k)
-            figure.savefig(files[-2], dpi=130)
+            figure.savefig(written[-2], dpi=130)
             plt.close(figure)
-    return files
+    return written
 
 
-def results_page(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> str:
-    """The results in words and tables (Markdown): what was run, the protocol, CP, NDCG, and signs of failure."""
-    k = params.figures.k
-    n = sorted(table["n_tokens"].unique())
-    cell = table.assign(
-        text=[f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in table.itertuples()],
-        model=pd.Categorical(table["model"], [model for model in evaluation.MODELS if model in set(table["model"])]),
-    )
-    lines = [
-        f"# Results of run `{params.run}`",
-        "",
-        f"Data set {params.data.name}, split `{params.data.protocol}`, control values `{params.controls.protocol}`, "
-        f"K = {params.controls.k} candidates of SASRec, {int(table['n_users'].max())} test users, seed {params.seed}. "
-        f"Backbone {params.reranker.backbone}, read-out `{params.reranker.readout}` ({params.reranker.pooling}), request "
-        f"{params.reranker.request_position} the candidates, values as {params.reranker.values}. "
-        f"Brackets: {params.evaluation.confidence:.0%} bootstrap intervals over users.",
-        "",
-    ]
-    for title, metric, strict in ((f"CP@{k} at τ = n, no truth bonus", "cp", True), (f"NDCG@{k}, binary", "ndcg", False)):
-        rows = cell[(cell["metric"] == metric) & (cell["k"] == k)]
-        rows = rows[rows["tau"] == rows["n_tokens"]] if strict else rows
-        wide = rows.pivot(index="model", columns="n_tokens", values="text")
-        header = [str(column) for column in wide.columns]
-        lines += [f"## {title}, by number of control tokens", "", "| model | " + " | ".join(header) + " |"]
-        lines += ["|---" * (len(header) + 1) + "|"]
-        lines += [f"| {model} | " + " | ".join(row) + " |" for model, row in zip(wide.index, wide.to_numpy(), strict=True)]
-        lines += [""]
-    strictest = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
-    value = strictest.set_index(["model", "n_tokens"])["value"]
+MODEL_NAMES = {
+    "sasrec": "SASRec's order",
+    "hard-filter": "hard filter",
+    "rule": "rule (the best CP that the pool allows)",
+    "zero-shot": "zero-shot",
+    "no-token": "COREC, no tokens",
+    "corec": "**COREC**",
+    "no-token-alone": "COREC, no tokens, without the retriever's score",
+    "corec-alone": "COREC, without the retriever's score",
+}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Mapping[str, Any] | None = None) -> str:
+    """A results table in words and tables (Markdown): summary, CP, NDCG, and signs of failure.
+
+    It holds no times and no machine (those are in the manifest), so that equal results give an equal page.
+
+    Parameters
+    ----------
+    table
+        With the columns of :data:`corec.evaluation.COLUMNS`.
+    k
+        The cut-off that is shown.
+    introduction, facts
+        What was run, and what else was measured.
+    """
+    order = [model for model in (*evaluation.MODELS, *evaluation.ALONE) if model in set(table["model"])]
+    run = table.iloc[0]
+    users = int(table["n_users"].max())
+    about = f"{run['dataset']}, K = {run['K']}, protocol `{run['protocol']}`, {users} test users, seed {run['seed']}."
+    lines = [f"# Results: {run['dataset']}", "", *([introduction, ""] if introduction else []), "## Summary", "", about, ""]
+    control = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
+    relevance = table[(table["metric"] == "ndcg") & (table["k"] == k)]
+    both = {
+        name: rows.pivot(index="model", columns="n_tokens", values="value")
+        for name, rows in ((f"CP@{k}", control), (f"NDCG@{k}", relevance))
+    }
+    header, rows = [""], [[MODEL_NAMES[model]] for model in order]
+    for name, wide in both.items():
+        header += [f"{name}, {n} token{'s' if int(str(n)) != 1 else ''}" for n in wide.columns]
+        for row, model in zip(rows, order, strict=True):
+            row += [f"{value:.3f}" for value in wide.loc[model]]
+    lines += [*markdown(header, rows), ""]
+    for title, what, part in (
+        (
+            "Control precision",
+            f"CP@{k} at τ = n, no truth bonus, by number of control tokens; 95 % intervals in brackets.",
+            control,
+        ),
+        ("Relevance", f"NDCG@{k}, binary, by number of control tokens; 95 % intervals in brackets.", relevance),
+    ):
+        texts = part.assign(text=[f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in part.itertuples()])
+        cells = texts.pivot(index="model", columns="n_tokens", values="text")
+        lines += [f"## {title}", "", what, ""]
+        lines += [*markdown(["model", *map(str, cells.columns)], [[model, *cells.loc[model]] for model in order]), ""]
+    value = control.set_index(["model", "n_tokens"])["value"]
     lines += ["## Against the best that the pools allow (`rule`)", ""]
-    for model in ("corec", "no-token", "zero-shot"):
-        shares = [f"{value[model, m] / value['rule', m]:.1%} with {m}" for m in n if m and (model, m) in value.index]
+    for model in ("corec", "corec-alone", "no-token", "zero-shot"):
+        lengths = [n for n in sorted(control["n_tokens"].unique()) if (model, n) in value.index]
+        shares = [f"{value[model, n] / value['rule', n]:.1%} with {n}" for n in lengths]
         lines += [f"- `{model}` reaches of its CP@{k}: {', '.join(shares)} control tokens."] if shares else []
-    lines += ["", "## What else was measured", ""]
-    for name, fact in facts.items():
+    if facts:
+        lines += ["", "## What else was measured", ""]
+    for name, fact in (facts or {}).items():
         text = ", ".join(f"{key}: {value}" for key, value in fact.items()) if isinstance(fact, dict) else fact
         lines.append(f"- {name}: {text}")
     return "\n".join(lines) + "\n"
 
 
-def publish(table: pd.DataFrame, params: Params, facts: dict[str, Any]) -> list[Path]:
+def introduction(params: Params) -> str:
+    """What was run, in one paragraph."""
+    given = params.reranker
+    return (
+        f"Run `{params.run}`: data set {params.data.dataset}, split `{params.data.protocol}`, control values "
+        f"`{params.controls.protocol}`, K = {params.controls.k} candidates of SASRec, seed {params.seed}. Backbone "
+        f"{given.backbone}, read-out `{given.readout}` ({given.pooling}), request {given.request_position} the candidates, "
+        f"values as {given.values}. "
+        f"Intervals: {params.evaluation.confidence:.0%}, bootstrap over users."
+    )
+
+
+def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> list[Path]:
     """Write everything that stage 06 makes into ``figures/<run>/``; returns the files, the manifest last."""
     folder = paths.figures_dir(params.run)
-    record = paths.manifest(params)
+    record = stages.manifest(params, stages.ancestors("figures"))
     (folder / "manifest.json").unlink(missing_ok=True)
-    files = make(table, params.figures.k, folder)
-    files += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
-    table.to_csv(files[-3], index=False, float_format="%.6g")
-    paths.write_text(files[-2], results_page(table, params, facts))
-    record["outputs"] = {path.name: paths.sha256(path) for path in files[:-1]}
-    paths.write_text(files[-1], json.dumps(record, indent=1) + "\n")
-    return files
+    written = make(table, params.figures.k, folder)
+    written += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
+    table.to_csv(written[-3], index=False, float_format="%.6g")
+    files.write_text(written[-2], results_page(table, params.figures.k, introduction(params), facts))
+    record["outputs"] = {path.name: files.sha256(path) for path in written[:-1]}
+    files.write_json(written[-1], record)
+    return written

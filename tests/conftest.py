@@ -1,9 +1,13 @@
 """A small made-up data set in the official atomic files, and a project folder of its own for every test."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from corec import stages
+from corec.params import Params
 
 GENRES = ["Comedy", "Drama", "Action", "Horror"]
 
@@ -37,3 +41,15 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def atomic(tmp_path: Path) -> Path:
     """A folder with the made-up data set."""
     return write_atomic(tmp_path / "raw")
+
+
+@pytest.fixture
+def start_stages() -> Callable[[Params, str], stages.Stage]:
+    """A function that begins a stage of a run, all that it needs finished without outputs."""
+
+    def start(settings: Params, name: str) -> stages.Stage:
+        for need in stages.ancestors(name):
+            stages.start(settings, need).finish()
+        return stages.start(settings, name)
+
+    return start

@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corec import CorecError, amazon, data, evaluation, reproduce, synthetic
+from corec import CorecError, data, evaluation, reproduce
+from corec.data import amazon, fields, salvage, synthetic
 from corec.params import DataParams
 
 GIFT_CARDS = Path(__file__).parents[2] / "shared" / "data" / "amazon2018-gift-cards"
@@ -31,7 +32,7 @@ anything = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(anything)
 def test_no_input_makes_a_parser_raise(text: str | None) -> None:
-    for parse in (*amazon.PARSERS.values(), amazon.parse_brand, lambda text: amazon.parse_brand(text, normalise=True)):
+    for parse in (*fields.PARSERS.values(), fields.parse_brand, lambda text: fields.parse_brand(text, normalise=True)):
         value, fault = parse(text)
         assert (value is None) == bool(fault)
         assert not isinstance(value, float) or (np.isfinite(value) and value >= 0)
@@ -40,7 +41,7 @@ def test_no_input_makes_a_parser_raise(text: str | None) -> None:
 
 @given(st.integers(0, 10**9), st.integers(0, 99))
 def test_prices_are_read_as_written(dollars: int, cents: int) -> None:
-    assert amazon.parse_price(f"${dollars:,}.{cents:02}").value == pytest.approx(dollars + cents / 100)
+    assert fields.parse_price(f"${dollars:,}.{cents:02}").value == pytest.approx(dollars + cents / 100)
 
 
 @given(
@@ -48,54 +49,54 @@ def test_prices_are_read_as_written(dollars: int, cents: int) -> None:
 )
 def test_the_best_rank_of_a_list_counts(ranks: list[int], where: str) -> None:
     entries = [f">#{rank:,} in {where}" for rank in ranks]
-    assert amazon.parse_rank(json.dumps(entries)).value == min(ranks)
-    assert amazon.parse_rank(f"{ranks[0]:,} in {where} (").value == ranks[0]
+    assert fields.parse_rank(json.dumps(entries)).value == min(ranks)
+    assert fields.parse_rank(f"{ranks[0]:,} in {where} (").value == ranks[0]
 
 
 @pytest.mark.parametrize(
     ("parse", "text", "wanted"),
     [
-        (amazon.parse_price, "", (None, "missing")),
-        (amazon.parse_price, "$12.99", (12.99, "")),
-        (amazon.parse_price, "$1,234.56", (1234.56, "")),
-        (amazon.parse_price, "$12.99 - $24.99", (None, "range")),
-        (amazon.parse_price, ".a-box-inner{background-color:#fff}", (None, "not a price")),
-        (amazon.parse_rank, "[]", (None, "missing")),
-        (amazon.parse_rank, None, (None, "missing")),
-        (amazon.parse_rank, "225 in Gift Cards (", (225, "")),
+        (fields.parse_price, "", (None, "missing")),
+        (fields.parse_price, "$12.99", (12.99, "")),
+        (fields.parse_price, "$1,234.56", (1234.56, "")),
+        (fields.parse_price, "$12.99 - $24.99", (None, "range")),
+        (fields.parse_price, ".a-box-inner{background-color:#fff}", (None, "not a price")),
+        (fields.parse_rank, "[]", (None, "missing")),
+        (fields.parse_rank, None, (None, "missing")),
+        (fields.parse_rank, "225 in Gift Cards (", (225, "")),
         (
-            amazon.parse_rank,
+            fields.parse_rank,
             '[">#1,234 in Cell Phones &amp; Accessories (See Top 100 in Cell Phones)", ">#56 in Cases"]',
             (56, ""),
         ),
-        (amazon.parse_rank, "see Top 100 in Books", (None, "not a rank")),
-        (amazon.parse_title, "<span class='x'>Tea &amp;\n Kettle</span>", ("Tea & Kettle", "")),
-        (amazon.parse_title, "var aPageStart = (new Date()).getTime(); function(){}", (None, "script or style")),
-        (amazon.parse_title, "<br>", (None, "only markup")),
-        (amazon.parse_category, '["Electronics", "Camera &amp; Photo", "Lenses"]', ("Lenses", "")),
-        (amazon.parse_category, '["Beauty", "' + "This sentence is no category but a description. " * 3 + '"]', ("Beauty", "")),
-        (amazon.parse_category, '["Gift Cards", "Gift Cards", "Variety of designs for any occasion.", "x"]', ("Gift Cards", "")),
-        (amazon.parse_category, '["Clothing", "Women", "95% Cotton"]', ("Women", "")),
-        (amazon.parse_category, "[]", (None, "missing")),
-        (amazon.parse_price, "$.99", (0.99, "")),
-        (amazon.parse_rank, "1,857,911 Paid in Kindle Store (", (1857911, "")),
-        (amazon.parse_title, "&lt;b&gt;Tea&lt;/b&gt; Kettle <span class=", ("Tea Kettle", "")),
-        (amazon.parse_title, "Cable < 3 m", ("Cable < 3 m", "")),
-        (amazon.parse_brand, '<a href="x">Sony</a>', ("Sony", "")),
-        (amazon.parse_brand, ".a-box{color:red}", (None, "not a brand")),
+        (fields.parse_rank, "see Top 100 in Books", (None, "not a rank")),
+        (fields.parse_title, "<span class='x'>Tea &amp;\n Kettle</span>", ("Tea & Kettle", "")),
+        (fields.parse_title, "var aPageStart = (new Date()).getTime(); function(){}", (None, "script or style")),
+        (fields.parse_title, "<br>", (None, "only markup")),
+        (fields.parse_category, '["Electronics", "Camera &amp; Photo", "Lenses"]', ("Lenses", "")),
+        (fields.parse_category, '["Beauty", "' + "This sentence is no category but a description. " * 3 + '"]', ("Beauty", "")),
+        (fields.parse_category, '["Gift Cards", "Gift Cards", "Variety of designs for any occasion.", "x"]', ("Gift Cards", "")),
+        (fields.parse_category, '["Clothing", "Women", "95% Cotton"]', ("Women", "")),
+        (fields.parse_category, "[]", (None, "missing")),
+        (fields.parse_price, "$.99", (0.99, "")),
+        (fields.parse_rank, "1,857,911 Paid in Kindle Store (", (1857911, "")),
+        (fields.parse_title, "&lt;b&gt;Tea&lt;/b&gt; Kettle <span class=", ("Tea Kettle", "")),
+        (fields.parse_title, "Cable < 3 m", ("Cable < 3 m", "")),
+        (fields.parse_brand, '<a href="x">Sony</a>', ("Sony", "")),
+        (fields.parse_brand, ".a-box{color:red}", (None, "not a brand")),
     ],
 )
-def test_fields_as_they_occur(parse: Callable[[str | None], amazon.Parsed], text: str | None, wanted: tuple[object, str]) -> None:
+def test_fields_as_they_occur(parse: Callable[[str | None], fields.Parsed], text: str | None, wanted: tuple[object, str]) -> None:
     assert parse(text) == wanted
 
 
 def test_brands_may_be_normalised() -> None:
     for text in ("Sony", " SONY ", "by Sony", "Visit the  sony"):
-        assert amazon.parse_brand(text, normalise=True).value == "sony"
-    assert amazon.parse_brand("Unknown", normalise=True).value is None
-    assert amazon.parse_brand("Byredo", normalise=True).value == "byredo"
-    assert amazon.parse_brand("by", normalise=True).value is None
-    assert amazon.parse_brand("by Sony").value == "by Sony"
+        assert fields.parse_brand(text, normalise=True).value == "sony"
+    assert fields.parse_brand("Unknown", normalise=True).value is None
+    assert fields.parse_brand("Byredo", normalise=True).value == "byredo"
+    assert fields.parse_brand("by", normalise=True).value is None
+    assert fields.parse_brand("by Sony").value == "by Sony"
 
 
 def review(user: str = "A1", item: str = "B1", **changes: object) -> str:
@@ -115,7 +116,7 @@ def write(folder: Path, reviews: list[str], items: list[str], ending: str = "\n"
 
 
 def read(params: DataParams) -> data.Raw:
-    return data.read_amazon(data.amazon_files(params), params.model_copy(update={"core": 1}))
+    return amazon.read(amazon.find_files(params), params.model_copy(update={"core": 1}))
 
 
 def test_dirty_rows_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -156,9 +157,9 @@ def test_a_broken_gzip_member_loses_only_itself(spoil: str) -> None:
     elif spoil == "cut":
         members[2] = members[2][:2000]
     else:
-        members.insert(1, {"padding": bytes(100), "long padding": bytes(3 * amazon.BLOCK)}.get(spoil, b"what is this?"))
+        members.insert(1, {"padding": bytes(100), "long padding": bytes(3 * salvage.BLOCK)}.get(spoil, b"what is this?"))
     faults = Counter[str]()
-    found = b"".join(amazon.plain_blocks(BytesIO(b"".join(members)), faults))
+    found = b"".join(salvage.plain_blocks(BytesIO(b"".join(members)), faults))
     assert found.startswith(texts[0]) and (spoil == "cut" or found.endswith(texts[2]))
     wanted = {"cut": {"gzip file cut short": 1}, "padding": {}, "long padding": {}}.get(spoil, {"gzip member broken": 1})
     assert dict(faults) == wanted
@@ -166,10 +167,10 @@ def test_a_broken_gzip_member_loses_only_itself(spoil: str) -> None:
 
 
 def test_one_broken_member_counts_once_whatever_its_bytes_look_like() -> None:
-    chance = amazon.GZIP + bytes([0, 1, 2, 3, 4, 0, 3])  # looks like the beginning of a member
+    chance = salvage.GZIP + bytes([0, 1, 2, 3, 4, 0, 3])  # looks like the beginning of a member
     broken = gzip.compress(b"the start") + b"".join(chance + b"\xff" * 50 for _ in range(5))
     faults = Counter[str]()
-    found = b"".join(amazon.plain_blocks(BytesIO(broken + gzip.compress(b"the end")), faults))
+    found = b"".join(salvage.plain_blocks(BytesIO(broken + gzip.compress(b"the end")), faults))
     assert found.startswith(b"the start") and found.endswith(b"the end") and dict(faults) == {"gzip member broken": 1}
 
 
@@ -213,9 +214,9 @@ def test_a_file_cut_short_is_used_and_counted(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_format_is_fatal(tmp_path: Path, content: bytes) -> None:
     params = write(tmp_path / "raw", [review()], [item()])
-    for name, fields in (("Kettles", "reviewerID"), ("meta_Kettles", "asin")):
+    for name, wanted in (("Kettles", "reviewerID"), ("meta_Kettles", "asin")):
         (tmp_path / "raw" / f"{name}.json.gz").write_bytes(content)
-        with pytest.raises(CorecError, match=f"{name}.json.gz is not of the format of Amazon Review Data 2018: .*{fields}"):
+        with pytest.raises(CorecError, match=f"{name}.json.gz is not of the format of Amazon Review Data 2018: .*{wanted}"):
             read(params)
         write(tmp_path / "raw", [review()], [item()])
 
@@ -261,7 +262,7 @@ def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str, monkeypatc
     mine = data.prepare(params)
     again = int(table.duplicated(["user_id", "item_id"]).sum())
     assert data.card(mine)["left out"] == {"reviews: item reviewed again by the same user": again}
-    columns = ["user", "item", "rating", "timestamp", "position", "split"]
+    columns = ["user", "user_id", "item", "rating", "timestamp", "position", "split"]
     pd.testing.assert_frame_equal(mine.interactions, oracle[columns], check_dtype=False)
     assert oracle["user"].nunique() == 60 if protocol == "paper" else len(oracle) > 1000
     prices = items.set_index("asin")["price"].str.replace(r"[$,]", "", regex=True).astype(float)
@@ -297,4 +298,4 @@ def test_real_gift_cards_go_through_all_notebooks(tmp_path: Path, monkeypatch: p
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     assert reproduce.main([str(tmp_path / "mine.yaml")]) == 0
     table = evaluation.read(tmp_path / "figures" / "amazon-gift-cards" / "metrics.csv")
-    assert set(table["model"]) == set(evaluation.MODELS) and set(table["dataset"]) == {"amazon-2018/Gift_Cards"}
+    assert set(table["model"]) == {*evaluation.MODELS, *evaluation.ALONE} and set(table["dataset"]) == {"amazon-2018/Gift_Cards"}

@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from corec import CorecError, controls
+from corec import CorecError, controls, schemes, stages
 from corec.params import ControlsParams, FiguresParams, MaxWindows, Params
 
 ITEMS = pd.DataFrame({
@@ -46,7 +47,7 @@ def test_buckets_of_the_scheme(table: controls.Vocabulary) -> None:
 
 
 def test_the_papers_amazon_buckets() -> None:
-    price, _, rank, _ = controls.load_scheme("amazon")
+    price, _, rank, _ = schemes.load_scheme("amazon")
     prices = pd.Series([9.99, 10, 14.99, 15, 25, 50, 99.99, 100])
     assert [v[0] for v in price.values(prices)] == ["0-10", "10-15", "10-15", "15-25", "25-50", "50-100", "50-100", "100+"]
     ranks = pd.Series([1, 3, 4, 5, 10, 11, 50, 51, 100, 200, 500, 501])
@@ -63,9 +64,9 @@ def test_matches_and_scores_against_loops(table: controls.Vocabulary) -> None:
     scores = controls.control_scores(met, given.is_truth())
     for window in range(0, 200, 11):
         for place, item in enumerate(given.candidates[window]):
-            wishes = [value >= 0 and value in table.values_of[item] for value in requests[window]]
-            assert met[window, place].tolist() == wishes
-            assert scores[window, place] == sum(wishes) + (place == given.truth[window])
+            met_constraints = [value >= 0 and value in table.values_of[item] for value in requests[window]]
+            assert met[window, place].tolist() == met_constraints
+            assert scores[window, place] == sum(met_constraints) + (place == given.truth[window])
 
 
 @pytest.mark.parametrize("protocol", ["oracle", "random-candidate", "catalogue"])
@@ -118,8 +119,7 @@ def test_truth_is_put_in_only_where_asked_for() -> None:
     assert set(given.candidates[1]) == {1, 2, 3}
 
 
-def test_saved_and_loaded_alike(own_folder: Path) -> None:
-    from corec import paths
+def test_saved_and_loaded_alike(start_stages: Callable[[Params, str], stages.Stage]) -> None:
 
     windows = pd.DataFrame(
         {"window": range(30), "target": [1 + i % 6 for i in range(30)], "split": ["train", "valid", "test"] * 10}
@@ -128,8 +128,8 @@ def test_saved_and_loaded_alike(own_folder: Path) -> None:
     params = ControlsParams(k=4, n_tokens=[0, 2], max_windows=MaxWindows(train=5), train_truth="any")
     prepared = controls.prepare(windows, found, ITEMS, params, seed=0)
     assert len(prepared.pools["train"].window) == 5
-    stage = paths.start(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
-    stage.finish(controls.save(prepared, stage.folder))
+    stage = start_stages(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
+    stage.finish(controls.save(prepared, windows.assign(user=0, history=[[1, 2]] * 30), stage.folder))
     again = controls.load("r")
     assert again.table.labels == prepared.table.labels and again.table.attributes == prepared.table.attributes
     np.testing.assert_array_equal(again.table.values_of, prepared.table.values_of)
@@ -160,7 +160,7 @@ def test_a_scheme_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("attributes:\n  - {name: era, column: year, below: [1980], labels: [old]}\n")
     with pytest.raises(CorecError, match="mine.yaml is not a scheme"):
-        controls.load_scheme(str(path))
+        schemes.load_scheme(str(path))
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_a_scheme_file_that_is_none(tmp_path: Path) -> None:
 def test_scheme_files_with_faults(entry: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"attributes:\n  - {entry}\n")
     with pytest.raises(CorecError, match="is not a scheme"):
-        controls.load_scheme(str(tmp_path / "mine.yaml"))
+        schemes.load_scheme(str(tmp_path / "mine.yaml"))
 
 
 def test_edges_on_a_column_of_text() -> None:
-    attribute = controls.Attribute(name="a", column="genres", below=[1], labels=["x", "y"])
+    attribute = schemes.Attribute(name="a", column="genres", below=[1], labels=["x", "y"])
     with pytest.raises(CorecError, match="the column 'genres' is not numeric"):
         attribute.values(pd.Series(["Comedy"]))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from corec import CorecError, data, paths
+from corec import CorecError, data, stages
 from corec.params import DataParams, Params
 
 
@@ -78,7 +78,7 @@ def test_windows_are_what_came_before(atomic: Path) -> None:
 
 def test_tables_survive_the_disk(atomic: Path) -> None:
     given = params(atomic)
-    tables, stage = data.prepare(given), paths.start(Params(run="r", data=given), "data")
+    tables, stage = data.prepare(given), stages.start(Params(run="r", data=given), "data")
     stage.finish(data.save(tables, stage.folder))
     again = data.load("r")
     pd.testing.assert_frame_equal(again.interactions, tables.interactions)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from corec import engine, fused, reranker
+from corec import reranker
+from corec.reranker import engine, fused
 
 
 class OneDevice(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from corec import CorecError, data, downloads, paths
+from corec import CorecError, data, download, paths
 from corec.params import DataParams
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -73,64 +73,64 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_cut_connection_is_resumed(address: str, ranges: bool) -> None:
     Handler.cuts, Handler.ranges = 3, ranges
-    path = downloads.fetch(f"{address}/file.gz", "here", hashlib.sha256(CONTENT).hexdigest())
+    path = download.fetch(f"{address}/file.gz", "here", hashlib.sha256(CONTENT).hexdigest())
     assert path.read_bytes() == CONTENT
     assert [entry.name for entry in path.parent.iterdir()] == ["file.gz"]
     starts = [int(asked.strip("bytes=-")) if asked else 0 for _, asked in Handler.asked]
     assert starts == [0, 150_000, 225_000, 262_500] if ranges else len(starts) == 4
-    downloads.fetch(f"{address}/file.gz", "here")
+    download.fetch(f"{address}/file.gz", "here")
     assert len(Handler.asked) == 4, "the second time it comes from the cache"
 
 
 def test_a_later_run_goes_on_where_the_first_gave_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     Handler.cuts = 1
     with pytest.raises(CorecError, match=r"could not be downloaded .*run again, what has arrived is kept"):
-        downloads.fetch(f"{address}/file.gz", "here")
+        download.fetch(f"{address}/file.gz", "here")
     assert {path.name for path in (paths.cache_dir() / "here").rglob("*.*")} == {"file.gz.part", "file.gz.part.version"}
-    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+    assert download.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
     assert Handler.asked[-1][1] == "bytes=150000-"
 
 
 @pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 5])
 def test_a_part_that_is_all_or_more_than_all(address: str, size: int) -> None:
-    folder = downloads.fetch(f"{address}/file.gz", "here").parent
+    folder = download.fetch(f"{address}/file.gz", "here").parent
     (folder / "file.gz").rename(folder / "file.gz.part")
     if size > len(CONTENT):
         (folder / "file.gz.part").write_bytes(bytes(size))
-    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+    assert download.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
     assert len(Handler.asked) == (2 if size == len(CONTENT) else 3), "what is whole is not fetched again"
 
 
 def test_a_file_that_has_changed_starts_anew(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(downloads, "ATTEMPTS", 1)
+        patch.setattr(download, "ATTEMPTS", 1)
         Handler.cuts = 1
         with pytest.raises(CorecError):
-            downloads.fetch(f"{address}/file.gz", "here")
+            download.fetch(f"{address}/file.gz", "here")
     part = next((paths.cache_dir() / "here").rglob("*.part"))
     part.write_bytes(bytes(part.stat().st_size))  # what has arrived was of another version
     Handler.version = "two"
-    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+    assert download.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
 
 
 def test_a_busy_server_is_asked_again(address: str) -> None:
     Handler.busy = 3
-    assert downloads.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
+    assert download.fetch(f"{address}/file.gz", "here").read_bytes() == CONTENT
 
 
 def test_a_full_disk(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloads.Resuming, "attempt", full)
+    monkeypatch.setattr(download.Resuming, "attempt", full)
     with pytest.raises(CorecError, match=r"could not be saved in .*No space left.*set COREC_CACHE"):
-        downloads.fetch(f"{address}/file.gz", "here")
+        download.fetch(f"{address}/file.gz", "here")
 
 
 def test_a_wrong_checksum_keeps_nothing(address: str) -> None:
     with pytest.raises(CorecError, match=r"not the file that was asked for: its sha256 is not 0000.*check data.sha256"):
-        downloads.fetch(f"{address}/file.gz", "here", "0" * 64)
+        download.fetch(f"{address}/file.gz", "here", "0" * 64)
     assert not [path for path in (paths.cache_dir() / "here").rglob("*") if path.is_file()]
 
 

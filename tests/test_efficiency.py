@@ -5,8 +5,9 @@ import pytest
 import torch
 from test_reranker import World
 
-from corec import CorecError, efficiency, params, sasrec
+from corec import CorecError, sasrec
 from corec.params import EfficiencyParams, Params, SasrecParams
+from corec.studies import efficiency
 
 
 @pytest.fixture
@@ -15,7 +16,10 @@ def world(atomic: Path) -> World:
 
 
 def settings(world: World, **changes: object) -> Params:
-    sizes = {"sasrec": SasrecParams(hidden=16, max_length=10), "efficiency": EfficiencyParams(ks=[3, 6], repeats=4, users=5)}
+    sizes = {
+        "sasrec": SasrecParams(hidden=16, max_length=10),
+        "efficiency": EfficiencyParams(candidates=[3, 6], repeats=4, users=5),
+    }
     return world.params(**changes).model_copy(update=sizes)
 
 
@@ -55,5 +59,5 @@ def test_candidates_are_the_retrievers(world: World) -> None:
 
 
 def test_more_candidates_than_the_reranker_takes() -> None:
-    with pytest.raises(CorecError, match="efficiency.ks lists 60: the re-ranker takes at most 50"):
-        params.validate({"efficiency": {"ks": [10, 60]}}, "here")
+    with pytest.raises(CorecError, match="efficiency.candidates' lists 60: the re-ranker takes at most 50"):
+        Params.checked({"efficiency": {"candidates": [10, 60]}}, "here")

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plain_reranker
 import pytest
 import torch
 from test_reranker import World, textbook_scores, unlike_start
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from corec import CorecError, backbones, bench_engine, bench_large, engine, fused, machine, reranker
+from corec import CorecError, backbones, machine, reranker
+from corec.bench import engine as bench_engine
+from corec.bench import large as bench_large
+from corec.bench.plain import reranker as plain_reranker
+from corec.reranker import engine, fused
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {

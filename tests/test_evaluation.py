@@ -130,7 +130,9 @@ def test_tidy_table(judged: Judged, order: np.ndarray) -> None:
     params = Params(evaluation=EvaluationParams(bootstrap=50), controls=ControlsParams(k=12))
     empty = Judged(judged.truth, judged.met[:, :, :0])
     table = evaluation.tidy(
-        {0: {"corec": order}, N: {"corec": order, "rule": order}}, {0: empty, N: judged}, np.arange(WINDOWS) // 2, params
+        evaluation.measure({0: {"corec": order}, N: {"corec": order, "rule": order}}, {0: empty, N: judged}, params),
+        np.arange(WINDOWS) // 2,
+        params,
     )
     assert list(table.columns) == evaluation.COLUMNS
     assert set(table["metric"]) == set(evaluation.METRICS) and set(table["n_users"]) == {WINDOWS // 2}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from corec import CorecError, evaluation, figures, paths
+from corec import CorecError, evaluation, figures, files, stages
 from corec.params import Params
 
 matplotlib.use("Agg")
@@ -51,23 +51,17 @@ def collect(axis: Axes) -> list[object]:
 
 def test_files_of_a_run(table: pd.DataFrame) -> None:
     params = Params(run="r")
-    for stage, needs in (
-        ("data", []),
-        ("sasrec", ["data"]),
-        ("controls", ["sasrec"]),
-        ("reranker", ["controls"]),
-        ("evaluation", ["reranker"]),
-    ):
-        paths.start(params, stage, needs).finish()
-    files = figures.publish(table, params, {"a fact": "42"})
+    for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
+        stages.start(params, stage).finish()
+    written = figures.publish(table, params, {"a fact": "42"})
     names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json".split()
-    assert sorted(path.name for path in files) == sorted(names)
-    pd.testing.assert_frame_equal(evaluation.read(files[-3]), table, check_dtype=False)
-    record = json.loads(files[-1].read_text())
+    assert sorted(path.name for path in written) == sorted(names)
+    pd.testing.assert_frame_equal(evaluation.read(written[-3]), table, check_dtype=False)
+    record = json.loads(written[-1].read_text())
     assert record["packages"]["torch"] and set(record["stages"]) == {"data", "sasrec", "controls", "reranker", "evaluation"}
-    assert record["outputs"]["metrics.csv"] == paths.sha256(files[-3])
-    page = files[-2].read_text()
-    assert "| corec | 0." in page and "a fact: 42" in page and "300 test users" in page
+    assert record["outputs"]["metrics.csv"] == files.sha256(written[-3])
+    page = written[-2].read_text()
+    assert "| corec | 0." in page and "| **COREC** | 0." in page and "a fact: 42" in page and "300 test users" in page
 
 
 def test_a_cut_off_that_was_not_evaluated(table: pd.DataFrame, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corec import controls, data, evaluation, reranker, sasrec, synthetic
+from corec import controls, data, evaluation, reranker, sasrec
+from corec.data import synthetic
 from corec.params import ControlsParams, DataParams, MaxWindows, Params, RerankerParams, SasrecParams
 
 K = 10

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from corec import CorecError, backbones, controls, data, paths, plan, reranker
+from corec import CorecError, backbones, controls, data, reranker, stages
 from corec.params import ControlsParams, DataParams, MaxWindows, Params, RerankerParams
+from corec.scale import estimate
 
 READOUTS = [
     {"readout": "late", "pooling": "mean", "layers": "mix"},
@@ -207,11 +209,13 @@ def test_other_parameters_do_not_resume(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", READOUTS[::3], ids=lambda c: "-".join(c.values()))
-def test_saved_adapter_gives_the_same_scores_through_peft_alone(world: World, changes: dict[str, str]) -> None:
+def test_saved_adapter_gives_the_same_scores_through_peft_alone(
+    world: World, changes: dict[str, str], start_stages: Callable[[Params, str], stages.Stage]
+) -> None:
     params = world.params(**changes)
     model = world.build(params)
     curve = reranker.train(model, world.examples, params, None)
-    stage = paths.start(params.model_copy(update={"run": "r"}), "reranker")
+    stage = start_stages(params.model_copy(update={"run": "r"}), "reranker")
     stage.finish(reranker.save(model, curve, stage.folder))
     again = reranker.load(stage.folder, world.tables.items, world.prepared.table, params.reranker)
     wanted = reranker.score(model, world.examples, world.pools, world.requests)
@@ -315,7 +319,7 @@ def test_llama_3_in_small_goes_all_the_way(world: World, tmp_path: Path) -> None
     from transformers import LlamaConfig, LlamaForCausalLM
 
     _, tokenizer = backbones.tiny_model()
-    shape = plan.SHAPES["meta-llama/Meta-Llama-3-8B"] | {
+    shape = estimate.SHAPES["meta-llama/Meta-Llama-3-8B"] | {
         "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 2,
     }  # fmt: skip
@@ -344,14 +348,14 @@ def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.
     params = world.params(readout="index")
     model = world.build(params)
     added = len(reranker.new_tokens(world.prepared.table, params.reranker))
-    made = plan.plan(params.reranker, tokens=100, new_tokens=added)
+    made = estimate.plan(params.reranker, tokens=100, new_tokens=added)
     assert made.trainable == sum(value.numel() for value in model.trainable().values())
     assert made.parameters == sum(value.numel() for value in model.model.parameters())
-    assert plan.main([str(Path(__file__).parents[1] / "params" / "amazon-electronics.yaml")]) == 0
+    assert estimate.main([str(Path(__file__).parents[1] / "params" / "amazon-electronics.yaml")]) == 0
     said = capsys.readouterr().out
     assert "8,052,117,504" in said and "21,413,888" in said and "4 devices" in said
     with pytest.raises(CorecError, match=r"the configuration of '/no/model' cannot be had: .*log in to the hub"):
-        plan.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10, new_tokens=1)
+        estimate.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10, new_tokens=1)
 
 
 def test_a_prompt_that_is_too_long_is_cut_by_rule_and_counted(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,15 +416,15 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_reranker import World
-from corec import reranker
+from corec import checkpoint, reranker
 world = World(Path(sys.argv[1]))
 params = world.params(max_minutes=1000, steps=8)
-save = reranker.torch.save
+save = checkpoint.torch.save
 def save_then_die(*args):
     save(*args)
     if args[0]["rows"][-1][0] >= 5:
         os.kill(os.getpid(), signal.SIGKILL)
-reranker.torch.save = save_then_die
+checkpoint.torch.save = save_then_die
 reranker.train(world.build(params), world.examples, params, Path(sys.argv[2]))
 """
 

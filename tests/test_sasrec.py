@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import textbook_sasrec as textbook
 import torch
 
-from corec import CorecError, bench, data, sasrec
+from corec import CorecError, data, sasrec
+from corec.bench import sasrec as bench
+from corec.bench.plain import sasrec as textbook
 from corec.params import DataParams, SasrecParams
 
 SMALL = SasrecParams(hidden=16, heads=2, layers=1, max_length=10, epochs=3, patience=3, top_k=20, dropout=0.0)
@@ -266,9 +267,3 @@ def test_every_step_of_the_ladder_trains_the_same_function() -> None:
         assert value.item() == pytest.approx(wanted, rel=5e-3)
         rung.epoch()
         assert rung.loss(cut).item() < value.item()
-
-
-def test_a_bench_without_its_oracle_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "corec" / "bench.py"))
-    with pytest.raises(CorecError, match="needs tests/textbook_sasrec.py: run it from a checkout"):
-        bench.oracle("textbook_sasrec")

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from corec import CorecError, backbones, data, tagger
+from corec import CorecError, backbones, data
+from corec.data import tagger
 from corec.params import DataParams
 
 TAGS = ["late night", "love", "first great children"]
@@ -46,7 +47,7 @@ def test_missing_categories_are_filled_and_known_ones_stay() -> None:
     assert tagger.quality(filled, ["Lamps"], "tiny").items == 0
     with pytest.raises(CorecError, match="data.tags is empty and the metadata names no categories"):
         data.fill_categories(items.assign(category=None), params)
-    with pytest.raises(CorecError, match="data.required names category"):
+    with pytest.raises(CorecError, match="data.required' names category"):
         data.fill_categories(items, params.model_copy(update={"required": ["category"]}))
     with pytest.raises(CorecError, match="Parameter data.tagger: no causal language model '/no/model'"):
         tagger.tag(["love"], TAGS, "/no/model")

@@ -1,15 +1,20 @@
-"""Attribute schemes: which attributes a data set has, and how their values become buckets. The YAML files lie beside this one."""
+"""Attribute schemes: which attributes a data set has, and how their values become buckets.
 
+The schemes that come with COREC are the YAML files beside this module.
+"""
+
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
-from corec import CorecError
-from corec.params import Model
+from corec import CorecError, paths
+from corec.params import Model, first_fault
 
 
 class Attribute(Model):
@@ -23,15 +28,22 @@ class Attribute(Model):
     labels: list[str] = []
     in_history: bool = False
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_word(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][\w -]*", name):
+            raise ValueError(f"attribute name {name!r}: use letters, digits, spaces, - and _ only")
+        return name
+
     @model_validator(mode="after")
     def _edges_have_labels(self) -> "Attribute":
         edges = self.below if self.below is not None else self.up_to
         if self.bucket == "edges" and (edges is None or len(self.labels) != len(edges) + 1):
-            raise ValueError("give `below` or `up_to`, and one label more than edges")
+            raise ValueError(f"attribute {self.name!r}: give `below` or `up_to`, and one label more than edges")
         if edges is not None and sorted(set(edges)) != edges:
-            raise ValueError("edges must rise")
+            raise ValueError(f"attribute {self.name!r}: edges must rise")
         if len(set(self.labels)) != len(self.labels) or (self.labels and self.bucket != "edges"):
-            raise ValueError("labels must differ, and go with edges only")
+            raise ValueError(f"attribute {self.name!r}: labels must differ, and go with edges only")
         return self
 
     def values(self, column: pd.Series) -> pd.Series:
@@ -57,22 +69,53 @@ class Attribute(Model):
 
 
 def load_scheme(name: str) -> tuple[Attribute, ...]:
-    """The attributes of a scheme that comes with COREC, or of a YAML file.
+    """The attributes of a scheme that comes with COREC, or of a YAML file (relative to the project's folder).
 
     Raises
     ------
     CorecError
-        When there is no such scheme, or it is not well formed.
+        When there is no such scheme, or it is malformed.
     """
     folder = Path(__file__).parent
-    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    path = paths.from_root(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise CorecError(f"Parameter controls.scheme: there is no scheme {name!r}: name one of {known}, or a .yaml file.")
+        raise CorecError(
+            f"Parameter controls.scheme: there is no scheme {name!r}: name one of {known}, or a .yaml file (here {path})."
+        )
+    remedy = "compare it with corec/schemes/movielens.yaml"
     try:
-        attributes = tuple(Attribute.model_validate(entry) for entry in yaml.safe_load(path.read_text())["attributes"])
-        if len({attribute.name for attribute in attributes}) != len(attributes):
-            raise ValueError("two attributes have one name")
-        return attributes
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise CorecError(f"{path} is not a scheme ({str(error).splitlines()[-2:]}): compare it with movielens.yaml.") from None
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CorecError(f"{path} is not a scheme ({str(error).splitlines()[0]}): {remedy}.") from None
+    entries = values.get("attributes") if isinstance(values, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise CorecError(f"{path} is not a scheme (it has no list `attributes`): {remedy}.")
+    attributes = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            attributes.append(Attribute.model_validate(entry))
+        except ValidationError as error:
+            fault = first_fault(Attribute, error).rstrip(".")
+            raise CorecError(f"{path} is not a scheme (attribute {number}: {fault}): {remedy}.") from None
+    if len({attribute.name for attribute in attributes}) != len(attributes):
+        raise CorecError(f"{path} is not a scheme (two attributes have one name): {remedy}.")
+    return tuple(attributes)
+
+
+def choose(scheme: str, names: Sequence[str] | None) -> tuple[Attribute, ...]:
+    """The attributes of a scheme that are under control: those of `names`, or all.
+
+    Raises
+    ------
+    CorecError
+        As :func:`load_scheme` does, or when the scheme has no attribute of a name.
+    """
+    attributes = load_scheme(scheme)
+    known = [attribute.name for attribute in attributes]
+    for name in names or []:
+        if name not in known:
+            raise CorecError(
+                f"Parameter controls.attributes: scheme {scheme!r} has no attribute {name!r}: choose among {', '.join(known)}."
+            )
+    return tuple(attribute for attribute in attributes if not names or attribute.name in names)

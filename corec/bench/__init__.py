@@ -1,0 +1,1 @@
+"""Timings, side by side in one run: ``python -m corec.bench data``, or ``sasrec``, ``engine``, ``large``."""

@@ -1,0 +1,173 @@
+"""``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from corec import controls, data, machine, params, paths, profiles, reranker
+from corec.bench.clock import Figure
+from corec.bench.plain import reranker as plain
+from corec.reranker import engine
+
+REQUESTS = 8
+
+
+def world(k: int, windows: int) -> tuple[Any, Any, Any]:
+    """Settings, examples and a fresh re-ranker of the default run, with K random unseen candidates in every pool."""
+    settings = profiles.load(paths.root() / "params" / "ml-100k.yaml")
+    few = params.MaxWindows(train=windows, valid=1, test=windows)
+    own = settings.controls.model_copy(update={"k": k, "max_windows": few, "train_truth": "any"})
+    settings = settings.model_copy(update={"controls": own})
+    tables = data.prepare(settings.data)
+    rng, n_items = np.random.default_rng(0), len(tables.items)
+    some = tables.windows.groupby("split").sample(n=windows, random_state=0)
+    found = [rng.permutation(np.setdiff1d(np.arange(1, n_items + 1), history))[:k] for history in some["history"]]
+    frame = pd.DataFrame({"window": some["window"], "candidates": found, "scores": [np.arange(k, 0.0, -1)] * len(found)})
+    prepared = controls.prepare(some, frame, tables.items, own, seed=0)
+    model = reranker.build(tables.items, prepared.table, settings.reranker, seed=0)
+    return settings, reranker.load_examples(some, prepared), model
+
+
+def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], float]:
+    """The bare matrix products of a forward over [batch, length] tokens, and their FLOP."""
+    config = model.config
+    width, heads, keys, layers = (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers,
+    )  # fmt: skip
+    head, inner, tokens = width // heads, config.intermediate_size, batch * length
+    like = {"dtype": model.dtype, "device": model.device}
+    shapes = [(width, width), (width, keys * head), (width, keys * head), (width, width)]
+    shapes += [(width, inner), (width, inner), (inner, width)]
+    inputs = {size: torch.randn(tokens, size, **like) for size in (width, inner)}
+    weights = [torch.randn(out, into, **like) for into, out in shapes]
+    query, square = torch.randn(batch * heads, length, head, **like), torch.randn(batch * heads, length, length, **like)
+
+    def run() -> None:
+        for _ in range(layers):
+            for weight in weights:
+                F.linear(inputs[weight.shape[1]], weight)
+            query @ query.mT
+            square @ query
+
+    flop = layers * (2 * tokens * sum(into * out for into, out in shapes) + 4 * batch * heads * length**2 * head)
+    return run, flop
+
+
+def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
+    """Scoring, kept prefixes, training and the rate of arithmetic, side by side with the plain ways."""
+    settings, examples, model = world(k, windows)
+    pools, table = examples.prepared.pools["test"], examples.prepared.table
+    rng = np.random.default_rng(1)
+    lengths = [1 + place % 3 for place in range(REQUESTS)]
+    requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
+    rows = reranker.make_rows(model, examples, pools, requests)
+    yield Figure("cores", os.cpu_count() or 1, "", machine.name())
+    yield Figure("prefix_tokens", float(np.mean([len(row.prefix) for row in rows])), "tokens")
+    yield Figure("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
+    yield from training(settings, examples, model)
+    model.model.eval()
+    with torch.inference_mode():
+        some = np.arange(model.params.eval_batch_size)  # the plain way is slow: the first few users, for both
+        few, asked = pools.take(some), [request[some] for request in requests]
+        ours = machine.seconds(lambda: reranker.score(model, examples, few, asked)) / len(some)
+        for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
+            slow = machine.seconds(lambda: [plain.scores(model, rows[i], last) for i in some]) / len(some)  # noqa: B023
+            yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
+        whole, _ = machine.percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
+        merged = engine.merge(model)
+        yield from rate(merged, rows)
+    yield from one_by_one(merged, rows, whole)
+
+
+def single(rows: list[reranker.Row], number: int) -> reranker.Row:
+    """The first row with one of its requests alone."""
+    return rows[0]._replace(suffixes=[rows[0].suffixes[number % REQUESTS]])
+
+
+@torch.inference_mode()
+def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float) -> Iterator[Figure]:
+    """Latency of single requests against a kept prefix by a model with its adapter merged.
+
+    Parameters
+    ----------
+    whole
+        Seconds of the plain way: a whole forward, the adapter as peft has it.
+    """
+    prefix = engine.prefill(model, rows[0])
+    middle, high = machine.percentiles(lambda i: engine.answer(model, prefix, single(rows, i).suffixes), 80)
+    yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
+    yield Figure("one_request_cached_p95", 1e3 * high, "ms")
+    same, _ = machine.percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
+    yield Figure("one_request_cached_vs_merged", 1e3 * middle, "ms", f"whole forward, merged, {1e3 * same:.0f} ms", middle / same)
+    yield Figure("prefill", 1e3 * machine.seconds(lambda: engine.prefill(model, rows[0])), "ms")
+    ours = machine.seconds(lambda: model.forward(rows[:8])) / 8
+    yield Figure("score_8_merged", 1 / ours, "users/s")
+
+
+def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
+    """Arithmetic of a batch of packed rows of like length against the bare products of the same shapes, and where time goes."""
+    batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
+    size = reranker.collate(batch, 0, "end").ids.shape
+    run, flop = products(model.causal, size[0], size[1])
+    bare, ours = machine.seconds(run), machine.seconds(lambda: model.forward(batch))
+    label = f"bare products, {flop / bare / 1e9:.0f}"
+    yield Figure("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
+    with torch.profiler.profile() as profile:
+        model.forward(batch)
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
+        yield Figure(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
+
+
+def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
+    """MB that a forward pass keeps for the gradient: each tensor once, the `weights` not."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = work()  # as long as it is there, no storage is used twice
+    del made
+    return sum(sizes.values()) / 1e6
+
+
+def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator[Figure]:
+    """Supervised requests a second: a step of the default run against one request a forward with full logits."""
+    model.model.train()
+    batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
+    rows = reranker.make_rows(model, examples, batch.pools, batch.requests)
+    count = batch.control.shape[0] * batch.control.shape[1]
+    ours = machine.seconds(lambda: reranker.backward(model, rows, batch.control)) / count
+
+    yield Figure("train_peak_memory", machine.peak_memory_mb(), "MB")
+
+    some, weights = rows[: model.params.micro_batch], list(model.model.parameters())
+    requests = sum(len(row.suffixes) for row in some)
+    alone = kept_mb(lambda: plain.scores(model, single(some, 0), False), weights)
+    label = f"{requests} requests in a pass; the plain way, one: {alone:.0f} MB"
+    yield Figure("train_activations", kept_mb(lambda: model.forward(some), weights), "MB", label)
+
+    def one_at_a_time(last_only: bool) -> None:
+        for row, control in zip(rows, batch.control, strict=True):
+            place = int(rng.integers(len(row.suffixes)))
+            wanted = torch.from_numpy(control[place]).to(model.device)
+            logits = plain.scores(model, row._replace(suffixes=[row.suffixes[place]]), last_only)
+            reranker.ranknet(logits, wanted[None]).backward()
+
+    rng = np.random.default_rng(0)
+    for name, last in (("train_requests_vs_plain", False), ("train_requests_vs_last_logits", True)):
+        slow = machine.seconds(partial(one_at_a_time, last)) / len(rows)
+        yield Figure(name, 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)

@@ -1,0 +1,49 @@
+"""The sources by name: where their files are, and how they are read."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from corec import CorecError
+from corec.data import amazon, atomic, movielens
+from corec.data.tables import Raw
+from corec.params import DataParams
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named data set."""
+
+    files: Callable[[DataParams], list[Path]]
+    read: Callable[[list[Path], DataParams], Raw]
+
+
+SOURCES = {
+    "ml-100k": Source(movielens.files_of, movielens.reader(movielens.GENRES["ml-100k"])),
+    "ml-1m": Source(movielens.files_of, movielens.reader(movielens.GENRES["ml-1m"])),
+    "amazon-2018": Source(amazon.find_files, amazon.read),
+    "files": Source(atomic.files_of, atomic.read),
+}
+
+
+def find_source(params: DataParams) -> Source:
+    """The configured source (raises CorecError for an unknown one)."""
+    if params.source not in SOURCES:
+        near = difflib.get_close_matches(params.source, SOURCES, n=1, cutoff=0)[0]
+        raise CorecError(
+            f"Parameter data.source: there is no data set {params.source!r} (there are {', '.join(SOURCES)}): "
+            f"did you mean {near!r}?"
+        )
+    return SOURCES[params.source]
+
+
+def source_files(params: DataParams) -> list[Path]:
+    """The raw files of the configured source, downloaded when no path is given.
+
+    Raises
+    ------
+    CorecError
+        For an unknown source, a missing file, or a download that fails.
+    """
+    return find_source(params).files(params)

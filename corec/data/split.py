@@ -1,0 +1,127 @@
+"""From raw interactions to the split, the items that occur, and the windows."""
+
+import numpy as np
+import pandas as pd
+
+from corec import CorecError
+from corec.data.fields import plain
+from corec.params import DataParams
+
+
+def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
+    """Drop users and items with fewer than `core` interactions, until none is left to drop."""
+    while True:
+        counts = [interactions.groupby(name)[name].transform("size") for name in ("user_id", "item_id")]
+        keep = (counts[0] >= core) & (counts[1] >= core)
+        if keep.all():
+            return interactions
+        interactions = interactions[keep]
+
+
+def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
+    """Choose users, sort their interactions by time and mark each as train, valid or test.
+
+    Of several interactions of a user with one item, the first in the file counts.
+
+    ``paper``: users with at least `min_interactions`, of them the `max_users` with the most, their `latest`;
+    the first 80 % train, 10 % validate, 10 % test (method of the authors' code: 50 records give 40/5/5).
+    ``leave-one-out``: the `core`-core; a user's last interaction tests, the one before it validates.
+
+    Parameters
+    ----------
+    interactions
+        Columns ``user_id item_id rating timestamp``, in the file's order.
+    """
+    table = interactions.drop_duplicates(["user_id", "item_id"])
+    steps = [(len(table), "distinct interactions")]
+    if params.protocol == "paper":
+        length = table.groupby("user_id")["user_id"].transform("size")
+        table = table[length >= params.min_interactions]
+        steps.append((table["user_id"].nunique(), f"users with {params.min_interactions} or more"))
+        most = table["user_id"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+        table = table[table["user_id"].isin(most.index[: params.max_users])]
+        table = table.sort_values("timestamp", kind="stable").groupby("user_id").tail(params.latest).sort_index()
+    else:
+        table = k_core(table, params.core)
+        steps.append((len(table), f"of users and items that keep {params.core} or more"))
+    if table.empty:
+        counts = ", ".join(f"{count:,} {what}" for count, what in steps)
+        raise CorecError(
+            f"No user of {params.dataset!r} is left under protocol {params.protocol!r} ({counts}): "
+            "lower data.min_interactions or data.core."
+        )
+    users, items = (pd.factorize(table[name])[0] for name in ("user_id", "item_id"))
+    table = table.assign(user=users, item=items + 1).sort_values(["user", "timestamp"], kind="stable")
+    by_user = table.groupby("user")["user"]
+    position, length = by_user.cumcount(), by_user.transform("size")
+    held_out = (0.1 * length).round().clip(lower=1) if params.protocol == "paper" else 1
+    split = np.select([position >= length - held_out, position >= length - 2 * held_out], ["test", "valid"], "train")
+    return table.assign(position=position, split=split).reset_index(drop=True)
+
+
+def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFrame:
+    """The items that occur, with what training interactions (and no others) tell of them.
+
+    A missing title is replaced (see :func:`title_substitutes`; ``title_from`` says by what).
+
+    Adds ``train_count``, ``popularity_rank`` (1 = most often in training), ``mean_rating`` and ``rating_std``
+    (of at least 3 ratings); empty where training never saw the item.
+    """
+    ids = interactions.drop_duplicates("item")[["item", "item_id"]].sort_values("item")
+    table = ids.merge(items, on="item_id", how="left", validate="one_to_one")
+    train = interactions[interactions["split"] == "train"].groupby("item")["rating"]
+    table = table.set_index("item").assign(train_count=train.size(), mean_rating=train.mean())
+    table["rating_std"] = train.std().where(train.size() >= 3)
+    table["popularity_rank"] = table["train_count"].rank(method="first", ascending=False)
+    table["train_count"] = table["train_count"].fillna(0).astype(int)
+    texts = title_substitutes(table)
+    missing = table["title"].isna()
+    table["title"] = table["title"].where(~missing, texts["text"])
+    table["title_from"] = texts["source"].where(missing)
+    return table.drop(columns="description_start", errors="ignore").reset_index()
+
+
+def title_substitutes(items: pd.DataFrame, length: int = 150) -> pd.DataFrame:
+    """What stands for an item's title where it has none: the start of its description, else its brand, its category, or both.
+
+    Returns
+    -------
+    Columns ``text`` (at most `length` characters; ``untitled`` where nothing is known) and ``source``.
+    """
+    columns = {name: items[name] for name in ("description_start", "description", "brand", "category") if name in items}
+    texts = {name: column.map(lambda text: plain(text) if isinstance(text, str) else "") for name, column in columns.items()}
+    empty = pd.Series("", index=items.index)
+    described = texts.get("description_start", texts.get("description", empty)).str[:length].str.strip()
+    brand, category = texts.get("brand", empty), texts.get("category", empty)
+    both = (brand + " " + category).str.strip()
+    named = np.select(
+        [(brand != "") & (category != ""), brand != "", category != ""], ["brand and category", "brand", "category"], ""
+    )
+    useful = described.str.contains(r"\w", regex=True)
+    text = described.where(useful, both)
+    source = pd.Series(np.where(useful, "description", named), index=items.index)
+    unknown = text == ""
+    return pd.DataFrame(
+        {"text": text.mask(unknown, "untitled"), "source": source.mask(unknown, "untitled (nothing is known of it)")}
+    )
+
+
+def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
+    """The re-ranker's examples: a target and the items just before it.
+
+    Training: every position with a full window before it (protocol ``paper``: window - 1 history items, else
+    `window`); validation and test: every held-out position, with up to `window` history items.
+
+    Returns
+    -------
+    Columns ``window user split position target history``; histories are lists of items, oldest first.
+    """
+    items, position = interactions["item"].to_numpy(), interactions["position"].to_numpy()
+    train = (interactions["split"] == "train").to_numpy()
+    size = np.where(train, params.window - (params.protocol == "paper"), params.window)
+    rows = np.flatnonzero((position >= 1) & (~train | (position >= size)))
+    starts = rows - np.minimum(size, position)[rows]  # a user's rows lie together, in order
+    table = interactions.iloc[rows][["user", "split", "position"]].reset_index(drop=True)
+    table["target"] = items[rows]
+    table["history"] = [items[start:row].tolist() for start, row in zip(starts, rows, strict=True)]
+    return table.rename_axis("window").reset_index()

@@ -1,0 +1,118 @@
+"""A zero-shot tagger: which of a closed list of tags fits a title best, by the likelihood of a local language model.
+
+score(tag | title) = log p(tag | prompt with the title) - log p(tag | prompt without it). The second term takes
+away what makes a tag likely for any title (Holtzman et al., *Surface Form Competition*, EMNLP 2021).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from corec import backbones, files, machine, paths
+
+PROMPT = ("Product:", "\nProduct category:")  # the title comes between
+
+TITLE_TOKENS = 40
+
+
+def log_likelihoods(model: Any, prompts: Tensor, tags: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probability of every tag after every prompt [prompts, tags].
+
+    The prompts are computed once; all tags continue from their keys and values.
+
+    Parameters
+    ----------
+    prompts
+        Token numbers [prompts, length], all equally long.
+    tags
+        Token numbers of each tag.
+    """
+    longest = max(map(len, tags))
+    padded = torch.tensor([[*tag, *[0] * (longest - len(tag))] for tag in tags], device=prompts.device)
+    output = model.base_model(input_ids=prompts, use_cache=True)
+    after = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float().log_softmax(-1)  # [prompts, vocabulary]
+    total = after[:, padded[:, 0]]  # [prompts, tags]
+    if longest > 1:
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(len(tags))
+        again = model.base_model(input_ids=padded[:, :-1].repeat(len(prompts), 1), past_key_values=cache, use_cache=True)
+        logits = model.get_output_embeddings()(again.last_hidden_state).float()  # [prompts * tags, longest - 1, vocabulary]
+        wanted = padded[:, 1:].repeat(len(prompts), 1)[..., None]
+        rest = (logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))[..., 0].view(len(prompts), len(tags), -1)
+        real = torch.tensor([[place + 1 < len(tag) for place in range(longest - 1)] for tag in tags], device=prompts.device)
+        total = total + (rest * real).sum(-1)
+    return total
+
+
+@torch.inference_mode()
+def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 8) -> list[str]:
+    """The best of `tags` for every title; known answers come from the cache, new ones go there.
+
+    Parameters
+    ----------
+    titles
+        Any texts.
+    tags
+        The closed list.
+    backbone
+        As in :func:`corec.backbones.load`; answers are kept under its name.
+    batch
+        Titles computed at once; those of equal length go together, so nothing is padded.
+
+    Raises
+    ------
+    CorecError
+        When the backbone cannot be loaded.
+    """
+    store = paths.cache_dir() / "tags" / f"{files.digest([backbone, PROMPT, TITLE_TOKENS, list(tags)])}.json"
+    known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
+    new = sorted({title for title in titles if title not in known})
+    if new:
+        model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
+        device = machine.device()
+        model = model.eval().to(device)
+        before = tokenizer(PROMPT[0])["input_ids"]  # with the token that begins a text, where the model has one
+        after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]
+        pieces = tokenizer([f" {name}" for name in tags], add_special_tokens=False)["input_ids"]
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # a title holds no special token
+        encoded = [ids[:TITLE_TOKENS] for ids in tokenizer([f" {title}" for title in new], **plain)["input_ids"]]
+        prior = log_likelihoods(model, torch.tensor([before + after], device=device), pieces)
+        order, shown = sorted(range(len(new)), key=lambda i: len(encoded[i])), time.monotonic()
+        lengths = np.array([len(encoded[i]) for i in order])
+        for length in np.unique(lengths):
+            rows = [order[place] for place in np.flatnonzero(lengths == length)]
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                prompts = torch.tensor([before + encoded[i] + after for i in part], device=device)
+                best = (log_likelihoods(model, prompts, pieces) - prior).argmax(1).tolist()
+                known |= {new[i]: tags[place] for i, place in zip(part, best, strict=True)}
+                if time.monotonic() - shown > 20:
+                    print(f"tagger: {sum(title in known for title in new)} of {len(new)} titles", flush=True)
+                    files.write_text(store, json.dumps(known))
+                    shown = time.monotonic()
+        files.write_text(store, json.dumps(known))
+    return [known[title] for title in titles]
+
+
+class Quality(NamedTuple):
+    """How the tagger does on items whose category is known."""
+
+    items: int
+    accuracy: float
+    majority: float  # accuracy of always naming the most frequent category
+
+
+def quality(items: pd.DataFrame, tags: Sequence[str], backbone: str, limit: int = 300, seed: int = 0) -> Quality:
+    """Accuracy on at most `limit` items whose category, read from the metadata, is one of `tags` (none: all NaN)."""
+    known = items[items["category"].isin(list(tags)) & (items["category_from"] == "metadata")]
+    if known.empty:
+        return Quality(0, float("nan"), float("nan"))
+    known = known.sample(min(limit, len(known)), random_state=seed)
+    right = np.array(tag(known["title"].tolist(), tags, backbone)) == known["category"].to_numpy()
+    return Quality(len(known), float(right.mean()), float(known["category"].value_counts(normalize=True).iloc[0]))

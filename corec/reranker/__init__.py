@@ -1,0 +1,45 @@
+"""Stage 04: the language model that re-ranks K candidates under a request in one forward pass.
+
+The prompt and its batches are in :mod:`corec.reranker.prompt`, the read-outs and the loss in :mod:`corec.reranker.readout`,
+requests behind a kept prefix in :mod:`corec.reranker.engine`.
+"""
+
+from corec.reranker.model import Reranker, adapt, build, load, row_drift, save, token_layers, token_rows, zero_shot
+from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens
+from corec.reranker.readout import Head, ranknet
+from corec.reranker.scoring import Examples, load_examples, make_rows, save_scores, score, score_gap, score_split
+from corec.reranker.training import TrainingBatch, backward, train, training_batch
+
+__all__ = [
+    "MAX_K",
+    "Batch",
+    "Examples",
+    "Head",
+    "Prompter",
+    "Reranker",
+    "Row",
+    "TrainingBatch",
+    "adapt",
+    "backward",
+    "build",
+    "collate",
+    "encode",
+    "index_token",
+    "letters",
+    "load",
+    "load_examples",
+    "make_rows",
+    "new_tokens",
+    "ranknet",
+    "row_drift",
+    "save",
+    "save_scores",
+    "score",
+    "score_gap",
+    "score_split",
+    "token_layers",
+    "token_rows",
+    "train",
+    "training_batch",
+    "zero_shot",
+]

@@ -1,0 +1,224 @@
+"""Fine-tuning with RankNet on control scores."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from corec import CorecError, controls, files, stages
+from corec.checkpoint import Checkpoint
+from corec.controls import Pools
+from corec.params import Params
+from corec.reranker.devices import ALONE, Devices
+from corec.reranker.model import Reranker
+from corec.reranker.optimizer import make as make_optimizer
+from corec.reranker.prompt import Row
+from corec.reranker.readout import ranknet
+from corec.reranker.scoring import Examples, make_rows, memory_for
+
+
+class TrainingBatch(NamedTuple):
+    """One optimiser step's windows with their requests and control scores."""
+
+    pools: Pools
+    requests: list[np.ndarray]  # R arrays [windows, n]
+    control: np.ndarray  # [windows, R, K]
+    plain: bool
+
+
+def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
+    """The batch of a step, drawn from the seed and the step alone, so that resuming repeats nothing.
+
+    In the first `curriculum_steps` steps prompts are plain: one constraint a request in the first half of them, then
+    the lengths of ``controls.n_tokens`` in turn without 0. Afterwards a window's requests go through all lengths.
+    """
+    settings, prepared = params.reranker, examples.prepared
+    rng = np.random.default_rng([params.seed, 4, step])
+    plain = step < settings.curriculum_steps
+    pools = prepared.pools["train"]
+    pools = pools.take(rng.choice(len(pools.window), min(settings.batch_size, len(pools.window)), replace=False))
+    lengths = params.controls.n_tokens
+    if plain:
+        lengths = [1] if 2 * step < settings.curriculum_steps else [n for n in lengths if n] or [1]
+    wanted = settings.requests_per_window
+    first = step * wanted if wanted < len(lengths) else 0  # too few for all lengths: take them in turn over the steps
+    lengths = [lengths[(first + i) % len(lengths)] for i in range(wanted)]
+    requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
+    truth = pools.is_truth() if settings.truth_bonus and not plain else None
+    control = [
+        controls.control_scores(controls.matches(pools.candidates, request, prepared.table.values_of), truth)
+        for request in requests
+    ]
+    return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """Learning-rate factor after a share `progress` of training: linear warm-up, then a cosine to 0."""
+    if progress < warmup:
+        return max(progress / warmup, 0.02)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
+
+
+def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray, of: int | None = None) -> float:
+    """Add the gradient of the batch's loss, a few windows in memory at a time; returns the loss.
+
+    Windows of like length share a pass, so that little padding is computed.
+
+    Parameters
+    ----------
+    rows
+        Of all windows, in order (see :func:`make_rows`).
+    control
+        Control scores [windows, R, K].
+    of
+        Windows of the whole batch, where these are a share of it: the loss is their part of its mean.
+    """
+    windows, total = len(control), 0.0
+    per_window = len(rows) // windows
+    groups = [rows[i * per_window : (i + 1) * per_window] for i in range(windows)]
+    order = sorted(range(windows), key=lambda i: max(len(row.prefix) for row in groups[i]))
+    for start in range(0, windows, reranker.params.micro_batch):
+        some = order[start : start + reranker.params.micro_batch]
+        with memory_for("micro_batch"):
+            scores = reranker.forward([row for i in some for row in groups[i]])
+            wanted = torch.from_numpy(control[some]).to(reranker.device)
+            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / (of or windows))
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+def not_a_number(step: int, batch: TrainingBatch, folder: Path | None) -> CorecError:
+    """The error of a loss or gradient that is not finite; keeps the step's batch in ``failed_batch.json`` of `folder`."""
+    where = ""
+    if folder:
+        kept = {
+            "step": step,
+            "plain": batch.plain,
+            "window": batch.pools.window.tolist(),
+            "candidates": batch.pools.candidates.tolist(),
+            "requests": [request.tolist() for request in batch.requests],
+            "control": batch.control.tolist(),
+        }
+        files.write_text(folder / "failed_batch.json", json.dumps(kept))
+        where = f" (its batch is in {folder / 'failed_batch.json'})"
+    return CorecError(
+        f"The training loss or its gradient is not a number at step {step}{where}: lower reranker.lr or reranker.lr_head."
+    )
+
+
+class Clock:
+    """The time of a training, and how much of its schedule has passed.
+
+    The schedule counts steps. While the time spent predicts that the steps will not be done within `max_minutes`, it counts time
+    instead, so that the learning rate still ends at 0.
+    """
+
+    def __init__(self, max_minutes: float, spent: float) -> None:
+        self.limit, self.spent, self.started = 60 * max_minutes, spent, time.monotonic() - spent
+
+    def tick(self, devices: Devices) -> None:
+        """Read the clock of the first process."""
+        self.spent = devices.agreed(time.monotonic() - self.started)
+
+    def progress(self, step: int, total: int) -> float:
+        """Share of the training that has passed with this step."""
+        late = self.spent / (step + 1) * total > self.limit and self.spent > 60
+        return self.spent / self.limit if late else step / total
+
+
+def train(
+    reranker: Reranker,
+    examples: Examples,
+    params: Params,
+    folder: Path | None,
+    stop_after: int | None = None,
+    devices: Devices = ALONE,
+) -> pd.DataFrame:
+    """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
+
+    Training begins from the state that :func:`corec.reranker.build` made, whatever came between, and ends after
+    ``curriculum_steps + steps`` steps or at `max_minutes` (see :class:`Clock`). The function is long because its loop is to be
+    read in one piece.
+
+    Parameters
+    ----------
+    reranker, examples, params
+        The model, its windows, and the settings of the run.
+    folder
+        Where checkpoints go; without one none is kept.
+    stop_after
+        Stop after so many steps, as if interrupted.
+    devices
+        The processes among which each step's windows are shared.
+
+    Returns
+    -------
+    One row a step: ``step plain loss seconds tokens``.
+
+    Raises
+    ------
+    CorecError
+        When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), the memory is not enough, or a
+        step's windows cannot be shared equally.
+    """
+    settings, say = params.reranker, print if devices.first else lambda *_, **__: None
+    total = settings.curriculum_steps + settings.steps
+    end = min(total, stop_after or total)
+    reranker.reset()
+    optimizer = make_optimizer(reranker.trainable(), settings, devices)
+    rows: list[list[Any]] = []
+    clock, shown = Clock(settings.max_minutes, 0.0), time.monotonic()
+
+    identity = files.digest([stages.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])
+    checkpoint = Checkpoint(folder / "checkpoint.pt" if folder else None, identity)
+    dtype = str(reranker.causal.dtype)
+    if saved := checkpoint.load(reranker.device, say):
+        if saved["dtype"] != dtype:
+            raise CorecError(
+                f"{checkpoint.path} was made in {saved['dtype']}, this training computes in {dtype}: set reranker.dtype to "
+                f"'{saved['dtype'].removeprefix('torch.')}' to go on, or delete the file."
+            )
+        rows, clock = saved["rows"], Clock(settings.max_minutes, saved["spent"])
+        optimizer.load(saved)
+        say(f"resumed after step {len(rows)}", flush=True)
+    devices.same(len(rows), checkpoint.path)
+
+    before = len(rows)
+    while len(rows) < end and clock.spent < clock.limit:
+        step = len(rows)
+        reranker.model.train()
+        torch.manual_seed(params.seed * 1_000_003 + step + (devices.rank << 32))
+        batch = training_batch(examples, params, step)
+        share = devices.share(len(batch.control))
+        pools = batch.pools.take(np.arange(len(batch.control))[share])
+        prompts = make_rows(reranker, examples, pools, [request[share] for request in batch.requests], batch.plain)
+        loss = devices.total(backward(reranker, prompts, batch.control[share], len(batch.control)))
+        clock.tick(devices)
+        norm = optimizer.step(schedule(clock.progress(step, total), settings.warmup))
+        if not math.isfinite(norm + loss):
+            error = not_a_number(step, batch, folder if devices.first else None)
+            devices.total(0.0)  # all wait until the batch is kept
+            raise error
+        reranker.trained = True
+        tokens = round(devices.total(sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)))
+        rows.append([step, batch.plain, loss, clock.spent, tokens])
+        if time.monotonic() - shown > 20 or step + 1 == end:
+            recent = np.mean([row[2] for row in rows[-10:]])
+            say(f"step {step + 1} of {end}: loss {recent:.3f}, {clock.spent / 60:.1f} min", flush=True)
+            shown = time.monotonic()
+        last = len(rows) == end or clock.spent >= clock.limit
+        due = len(rows) % settings.checkpoint_steps == 0 and len(rows) < total
+        if due or (last and not stop_after and len(rows) > before):
+            state = optimizer.state()  # of all processes
+            if devices.first:
+                checkpoint.save({"dtype": dtype, "rows": rows, "spent": clock.spent, **state})
+    if devices.first:
+        reranker.prompter.report_cut()
+    return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])

@@ -1,0 +1,256 @@
+"""Training of SASRec, resumable, and what it leaves.
+
+With `sasrec.fast` sequences of like length share a batch, so that hardly any padding is computed; the full softmax is computed a
+block of positions at a time, with its gradient, so that scores stay in the processor's cache, in bfloat16 where the machine
+multiplies it faster; dropout masks come from random bytes.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from corec import CorecError, files, machine, paths, stages
+from corec.checkpoint import Checkpoint
+from corec.params import SasrecParams
+from corec.sasrec.losses import loss
+from corec.sasrec.model import SASRec
+from corec.sasrec.ranking import by_length, items_by_user, pad, queries, rank_targets, ranking_metrics
+
+
+def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Shuffle sequences into batches of like length, each with about as many items as `size` average sequences.
+
+    Lengths are sorted within random groups of 8 batches, so that who meets whom still changes from epoch to epoch.
+    """
+    result: list[np.ndarray] = []
+    order = rng.permutation(len(lengths))
+    for start in range(0, len(order), 8 * size):
+        group = order[start : start + 8 * size]
+        result += by_length(group, lengths, size * lengths.mean())
+    return [result[place] for place in rng.permutation(len(result))]
+
+
+def padding_share(lengths: np.ndarray, groups: Sequence[np.ndarray]) -> float:
+    """Share of computed positions that hold no item, when each group is padded to its longest."""
+    computed = sum(len(group) * lengths[group].max() for group in groups)
+    return float(1 - lengths.sum() / computed)
+
+
+def pieces(items: np.ndarray, size: int, offset: int) -> list[np.ndarray]:
+    """Cut a sequence into pieces of at most `size` items that share one item with the next.
+
+    The first piece has `offset` items (drawn anew every epoch), so that no cut is always in the same place; every
+    position but the first is a target once.
+    """
+    ends = [*range(offset, len(items), size - 1), len(items)]
+    starts = [0, *(end - 1 for end in ends[:-1])]
+    return [items[start:end] for start, end in zip(starts, ends, strict=True) if end - start > 1]
+
+
+@dataclass
+class Trained:
+    """A trained retriever, its learning curve and how it does on validation."""
+
+    model: SASRec
+    curve: pd.DataFrame
+    best_epoch: int
+    dtype: str  # of the products with the item table
+
+
+@dataclass
+class Progress:
+    """How far a training has come: what its checkpoint holds beside the states of model, optimiser and random generators."""
+
+    dtype: str  # of the products with the item table
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: float = -1.0
+    best_epoch: int = 0
+    best_state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.curve[-1]["seconds"] if self.curve else 0.0
+
+    def ended(self, params: SasrecParams, stop_after: int | None, max_seconds: float) -> bool:
+        """Whether no further epoch is to be trained."""
+        done = len(self.curve)
+        if done >= params.epochs or done - self.best_epoch >= params.patience or (stop_after and done >= stop_after):
+            return True
+        return done > 0 and self.seconds * (done + 1) / done > max_seconds
+
+    def add(self, epoch: dict[str, float], model: SASRec) -> None:
+        """Add an epoch's row to the curve; keep the model's state where it is the best yet."""
+        self.curve.append(epoch)
+        if epoch["NDCG@10"] > self.best:
+            self.best, self.best_epoch = epoch["NDCG@10"], len(self.curve)
+            self.best_state = {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def get_random_state(rng: np.random.Generator) -> dict[str, Any]:
+    """The states of all random generators that a training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "numpy": json.dumps(rng.bit_generator.state), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any], rng: np.random.Generator) -> None:
+    """Set the generators to the states of :func:`get_random_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    for number, numbers in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(numbers.cpu(), number)
+    rng.bit_generator.state = json.loads(state["numpy"])
+
+
+def train(
+    interactions: pd.DataFrame,
+    windows: pd.DataFrame,
+    n_items: int,
+    params: SasrecParams,
+    seed: int,
+    report: int = 5,
+    folder: Path | None = None,
+    stop_after: int | None = None,
+    max_seconds: float = float("inf"),
+) -> Trained:
+    """Train on the training interactions, keep the epoch with the best validation NDCG@10.
+
+    A checkpoint keeps the states of the random generators too, so that a run that was interrupted and resumed gives
+    bitwise the parameters of one that was not (on a CPU; a GPU adds up gradients in any order).
+
+    The function is long because its loop is to be read in one piece.
+
+    Parameters
+    ----------
+    interactions, windows
+        Of :mod:`corec.data`; test interactions are never looked at.
+    n_items
+        Items of the catalogue.
+    params, seed
+        Settings of model and training.
+    report
+        Epochs between two printed lines (a line is printed every 20 s in any case).
+    folder
+        Where a checkpoint is kept after every epoch, made if need be; without one none is kept.
+    stop_after
+        Stop after so many epochs, as if interrupted.
+    max_seconds
+        Start no epoch that would most likely end after so many seconds of training; the first one is always run.
+
+    Returns
+    -------
+    Its `curve` has one row an epoch: ``epoch loss seconds peak_memory_mb`` (seconds since the start, validation
+    included; peak of the process) and the validation metrics.
+
+    Raises
+    ------
+    CorecError
+        When the loss is no longer a number.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    sequences = list(items_by_user(interactions[interactions["split"] == "train"]).values())
+    valid = queries(interactions, windows[windows["split"] == "valid"], params.max_length)
+    device = machine.device()
+    model = SASRec(n_items, params).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=params.lr, betas=(0.9, params.beta2), weight_decay=1e-4, fused=params.fast
+    )
+    progress = Progress(
+        str(machine.resolve_dtype(params.dtype)).removeprefix("torch.") if params.fast and params.loss == "ce" else "float32"
+    )
+
+    identity = files.digest([params.model_dump(exclude={"top_k"}), seed, n_items, [items.tolist() for items in sequences]])
+    checkpoint = Checkpoint(folder / f"checkpoint-{params.loss}-{seed}.pt" if folder else None, identity)
+    if saved := checkpoint.load(device):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        set_random_state(saved["random"], rng)
+        progress = Progress(**saved["progress"])
+        print(f"resumed after epoch {len(progress.curve)}", flush=True)
+    params = params.model_copy(update={"dtype": progress.dtype})
+
+    started, shown = time.monotonic() - progress.seconds, time.monotonic()
+    while not progress.ended(params, stop_after, max_seconds):
+        epoch = len(progress.curve) + 1
+        value = train_epoch(model, optimizer, sequences, params, rng, epoch)
+        if not np.isfinite(value):
+            raise CorecError(f"SASRec's training loss is not a number in epoch {epoch}: lower sasrec.lr.")
+        metrics = ranking_metrics(rank_targets(model, valid))
+        used = {"seconds": time.monotonic() - started, "peak_memory_mb": machine.peak_memory_mb()}
+        progress.add({"epoch": epoch, "loss": value, **used, **metrics}, model)
+        if epoch % report == 0 or time.monotonic() - shown > 20:
+            print(f"epoch {epoch}: loss {value:.3f}, validation NDCG@10 {metrics['NDCG@10']:.4f}", flush=True)
+            shown = time.monotonic()
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": get_random_state(rng)}
+        checkpoint.save({"progress": vars(progress), **states})
+    model.load_state_dict(progress.best_state)
+    return Trained(model, pd.DataFrame(progress.curve), progress.best_epoch, progress.dtype)
+
+
+def train_epoch(
+    model: SASRec,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequence[np.ndarray],
+    params: SasrecParams,
+    rng: np.random.Generator,
+    epoch: int = 1,
+) -> float:
+    """One pass over all training sequences [items, oldest first]; returns the mean loss.
+
+    With `decay` the learning rate rises during the first `epoch` and falls linearly, to 0 at the end of the last.
+    """
+    model.train()
+    size = params.max_length + 1
+    cut = [piece for items in sequences for piece in pieces(items, size, int(rng.integers(2, size + 1)))]
+    if params.fast:
+        groups = batches(np.array([len(piece) for piece in cut]), params.batch_size, rng)
+    else:
+        order = rng.permutation(len(cut))
+        groups = [order[start : start + params.batch_size] for start in range(0, len(order), params.batch_size)]
+    total, count = 0.0, 0
+    for number, group in enumerate(groups):
+        if params.decay:
+            done = epoch - 1 + (number + 0.5) / len(groups)  # epochs, in the middle of this step
+            optimizer.param_groups[0]["lr"] = params.lr * min(1.0, done) * (1 - done / params.epochs)
+        if params.fast:
+            model.noise.seed(int(rng.integers(2**32)))
+        value = loss(model, pad([cut[place] for place in group]).to(model.items.weight.device), params)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        weight = sum(len(cut[place]) - 1 for place in group) if params.fast else len(group)
+        total, count = total + value.item() * weight, count + weight
+    return total / count
+
+
+def save(trained: Trained, table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write weights, learning curve and candidates, and remove the checkpoints; returns the files."""
+    files = [folder / "model.safetensors", folder / "curve.parquet", folder / "candidates.parquet"]
+    save_file(trained.model.state_dict(), files[0])
+    trained.curve.to_parquet(files[1], index=False)
+    table.to_parquet(files[2], index=False)
+    for checkpoint in folder.glob("**/checkpoint-*.pt"):
+        checkpoint.unlink()
+    return files
+
+
+def load_candidates(run: str) -> pd.DataFrame:
+    """The candidates of a run (raises CorecError when stage 02 has not finished)."""
+    stages.require(run, "sasrec")
+    return pd.read_parquet(paths.stage_dir(run, "sasrec") / "candidates.parquet")
+
+
+def load(run: str, n_items: int, params: SasrecParams) -> SASRec:
+    """The retriever that stage 02 of a run has left (raises CorecError when it has not finished)."""
+    stages.require(run, "sasrec")
+    model = SASRec(n_items, params)
+    model.load_state_dict(load_file(paths.stage_dir(run, "sasrec") / "model.safetensors"))
+    return model.to(machine.device()).eval()

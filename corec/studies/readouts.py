@@ -1,0 +1,69 @@
+"""Which read-out learns fastest: trainings of equal steps and about equal cost, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from corec import files
+from corec.params import Params
+from corec.reranker import Examples, build, train
+
+# Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
+# are about equal.
+READOUTS: dict[str, dict[str, Any]] = {
+    "index": {"readout": "index"},
+    "candidate: line's end, last layer": {
+        "readout": "candidate",
+        "request_position": "before",
+        "pooling": "end",
+        "layers": "last",
+        "requests_per_window": 1,
+        "batch_size": 8,
+    },
+    "late: line's end, last layer": {"readout": "late", "pooling": "end", "layers": "last"},
+    "late: line's mean, last layer": {"readout": "late", "pooling": "mean", "layers": "last"},
+    "late: line's end, all layers": {"readout": "late", "pooling": "end", "layers": "mix"},
+    "late: line's mean, all layers": {"readout": "late", "pooling": "mean", "layers": "mix"},
+    "late: line's mean, all layers, values as words": {"readout": "late", "pooling": "mean", "layers": "mix", "values": "words"},
+}
+
+
+def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
+    """Learning curves of every entry of :data:`READOUTS` on the plain prompt, for `study.readout_steps` steps each.
+
+    Returns
+    -------
+    The rows of :func:`corec.reranker.train` with a column ``readout``.
+    """
+    curves = []
+    for name, changes in READOUTS.items():
+        print(f"read-out {name}", flush=True)
+        steps = params.study.readout_steps
+        changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
+        variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
+        reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
+        curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
+    return pd.concat(curves, ignore_index=True)
+
+
+def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
+    """Write the curves of :func:`compare_readouts` and their picture; returns the files."""
+    written = [folder / "readouts.csv", folder / "readouts.png"]
+    files.write_text(written[0], curves.assign(dataset=params.data.dataset).to_csv(index=False, float_format="%.4f"))
+    draw(curves).savefig(written[1], dpi=130)
+    plt.close()
+    return written
+
+
+def draw(curves: pd.DataFrame) -> Figure:
+    """Training loss over time, one line a read-out."""
+    smoothed = curves.groupby("readout")["loss"].transform(lambda loss: loss.ewm(span=6).mean())
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    sns.lineplot(curves.assign(smoothed=smoothed), x="seconds", y="smoothed", hue="readout", ax=axis)
+    axis.set(ylabel="RankNet loss (0.69 = chance)", title="Read-outs on the plain prompt: attributes only, one constraint")
+    axis.legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
+    return figure
