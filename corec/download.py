@@ -16,6 +16,8 @@ from typing import Any
 import pooch
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from corec import CorecError, files, paths
 
@@ -99,6 +101,10 @@ CHUNK = 1 << 20
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # answers after which it is worth to ask again
 
 
+class Cut(requests.ConnectionError):
+    """A transfer that ended early and can go on."""
+
+
 class Resuming:
     """A downloader for pooch that keeps what has arrived in `part`, and asks for the rest only.
 
@@ -118,43 +124,49 @@ class Resuming:
         self.version = part.with_name(part.name + ".version")
 
     def __call__(self, url: str, output_file: str, manager: Any) -> None:
-        """Download `url` to `output_file` (raises requests' own errors when all attempts have failed)."""
+        """Download `url` to `output_file` (raises requests' own errors when all attempts have failed).
+
+        urllib3's ``Retry`` asks a server again that is busy or cannot be reached; this function goes on where a connection was
+        cut.
+        """
+        retry = Retry(ATTEMPTS - 1, backoff_factor=self.wait, status_forcelist=TRANSIENT, raise_on_status=False)
         failures = 0
-        while True:
-            before = self.size()
-            try:
-                self.attempt(url)
-            except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
-                failures = 1 if self.size() > before else failures + 1
-                if failures == ATTEMPTS:
-                    raise
-                print(f"  {error}: asking again from {self.size() / 1e6:.0f} MB on", flush=True)
-                time.sleep(self.wait * 2 ** (failures - 1))
-            else:
-                self.part.replace(output_file)
-                self.version.unlink(missing_ok=True)
-                return
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
+            while True:
+                before = self.size()
+                try:
+                    self.attempt(session, url)
+                except (Cut, urllib3.exceptions.HTTPError) as error:
+                    failures = 1 if self.size() > before else failures + 1
+                    if failures == ATTEMPTS:
+                        raise
+                    print(f"  {error}: asking again from {self.size() / 1e6:.0f} MB on", flush=True)
+                    time.sleep(self.wait * 2 ** (failures - 1))
+                else:
+                    self.part.replace(output_file)
+                    self.version.unlink(missing_ok=True)
+                    return
 
     def size(self) -> int:
         """Bytes that have arrived."""
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def attempt(self, url: str) -> None:
+    def attempt(self, session: requests.Session, url: str) -> None:
         """One request for what is missing; prints a line every 10 s."""
         have = self.size()
         version = self.version.read_text() if self.version.exists() else ""
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
-        with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        with session.get(url, headers=headers, stream=True, timeout=30) as response:
             whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if response.status_code == 416 and whole == str(have):
                 return  # all of it is here already
             if response.status_code == 416:
                 self.part.unlink(missing_ok=True)
-                raise requests.ConnectionError("what is here does not fit the file on the server")
-            if response.status_code in TRANSIENT:
-                raise requests.ConnectionError(f"the server answered {response.status_code}")
+                raise Cut("what is here does not fit the file on the server")
             response.raise_for_status()
             resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             have = have if resumed else 0
@@ -169,7 +181,7 @@ class Resuming:
                         print(f"  {have / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
                         shown = time.monotonic()
         if have < total:
-            raise requests.ConnectionError("the connection was cut")
+            raise Cut("the connection was cut")
 
 
 def fetch(url: str, folder: str, sha256: str | None = None) -> Path:

@@ -147,6 +147,33 @@ def test_dirty_rows_are_counted_and_left_out(tmp_path: Path) -> None:
     assert catalogue["brand"]["B3"] == "7"
 
 
+def test_items_without_a_title_are_named_by_their_description(tmp_path: Path) -> None:
+    items = [
+        item(),
+        item("B2", title="", description=["", "x"]),
+        item("B3", title="", description=["It &quot;whistles&quot;."]),
+        item("B4", title="", description=[]),
+    ]
+    reviews = [review(f"A{user}", f"B{number}") for user in range(3) for number in range(1, 5)]
+    params = write(tmp_path / "raw", reviews, items).model_copy(update={"required": [], "core": 1})
+    tables = data.prepare(params)
+    assert tables.items.set_index("item_id")["title"].to_dict() == {
+        "B1": "A kettle", "B2": "Acme Kettles", "B3": 'It "whistles".', "B4": "Acme Kettles",
+    }  # fmt: skip
+    counted = data.card(tables)["fields without a value"]
+    assert counted["title: missing"] == 3 and counted["title: replaced by the item's description"] == 1
+    assert counted["title: replaced by the item's brand and category"] == 2
+    with pytest.raises(
+        CorecError, match=r"No interaction of 'amazon-2018/Kettles' is left: 4 items were read, 0 of them complete"
+    ):
+        data.prepare(params.model_copy(update={"required": ["title", "also_buy"][:1], "path": str(untitled(tmp_path))}))
+
+
+def untitled(tmp_path: Path) -> Path:
+    write(tmp_path / "untitled", [review()], [item(f"B{n}", title="") for n in range(4)])
+    return tmp_path / "untitled"
+
+
 @pytest.mark.parametrize("spoil", ["cut", "flip", "garbage between", "padding", "long padding"])
 def test_a_broken_gzip_member_loses_only_itself(spoil: str) -> None:
     rng = np.random.default_rng(0)

@@ -1,6 +1,8 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -156,6 +158,29 @@ def test_wrong_schemes(changes: dict[str, object], sentence: str) -> None:
         controls.vocabulary(ITEMS, ControlsParams.model_validate(changes))
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("attributes: [{name: era, column: year, below: [1980], labels: [old]}]", "attribute 1: attribute 'era': give `below`"),
+        (
+            "attributes: [{name: era, column: year, bukket: each}]",
+            "attribute 1: there is no parameter 'bukket': did you mean 'bucket'",
+        ),
+        ("attributes: [{column: year}]", "attribute 1: parameter 'name' is"),
+        ("attributes: [{name: '<era>', column: year, bucket: as_is}]", "attribute 1: attribute name '<era>': use letters"),
+        ("attributes: 3", "it has no list `attributes`"),
+        ("- 3", "it has no list `attributes`"),
+        ("attributes: [", "while parsing"),
+    ],
+)
+def test_a_malformed_scheme_ends_in_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(CorecError) as error:
+        schemes.load_scheme("mine.yaml")
+    sentence = str(error.value)
+    assert fault in sentence and "\n" not in sentence and "http" not in sentence and sentence.endswith("movielens.yaml.")
+
+
 def test_a_scheme_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("attributes:\n  - {name: era, column: year, below: [1980], labels: [old]}\n")
@@ -197,3 +222,31 @@ def test_thousands_of_values_cost_little() -> None:
     table = controls.vocabulary(items, ControlsParams(scheme="amazon", attributes=["price", "brand", "rank"]))
     assert table.values_of.shape == (n + 1, 3) and len(table.labels) == 9000 + 6 + 8
     assert owned(table, 9001, "brand") == ["brand 0"] and table.frequency().sum() == 3 * n
+
+
+def test_anyone_can_load_the_windows_with_datasets_alone(start_stages: Callable[[Params, str], stages.Stage]) -> None:
+    windows = pd.DataFrame(
+        {
+            "window": range(30),
+            "target": [1 + i % 6 for i in range(30)],
+            "split": ["train", "valid", "test"] * 10,
+            "user": range(30),
+        }
+    ).assign(history=[[1 + i % 6, 2] for i in range(30)])
+    found = pd.DataFrame({"window": range(30), "candidates": [[1, 2, 3, 4]] * 30, "scores": [[4.0, 3.0, 2.0, 1.0]] * 30})
+    params = ControlsParams(k=4, n_tokens=[0, 2, 1], train_truth="any")
+    prepared = controls.prepare(windows, found, ITEMS, params, seed=0)
+    stage = start_stages(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
+    controls.save(prepared, windows, stage.folder, "random-candidate")
+    whole = datasets.load_from_disk(stage.folder / "dataset")
+    assert set(whole) == {"train", "valid", "test"} and "retriever_rank" in (stage.folder / "dataset" / "README.md").read_text()
+    names = json.loads((stage.folder / "vocabulary.json").read_text())["names"]
+    assert names == [prepared.table.name(value) for value in range(len(names))]
+    for split, pools in prepared.pools.items():
+        part = whole[split]
+        assert part["history"][:] == windows.set_index("window").loc[pools.window, "history"].tolist()
+        for place, n in enumerate([0, 2, 1]):
+            request = prepared.requests[split, n]
+            met = controls.matches(pools.candidates, request, prepared.table.values_of)
+            assert [row[place] for row in part["requests"]] == request.tolist()
+            assert [row[place] for row in part["control"]] == controls.control_scores(met, pools.is_truth()).tolist()

@@ -140,3 +140,32 @@ def test_tidy_table(judged: Judged, order: np.ndarray) -> None:
     assert row["value"] == pytest.approx(evaluation.by_window(order, judged, KS)["cp", 5, 2].mean())
     assert row["low"] <= row["value"] <= row["high"]
     assert evaluation.pick(table, metric="cd")["k"].isna().all() and pd.isna(table.set_index("metric").loc["ndcg", "tau"]).all()
+
+
+def test_every_point_of_a_figure_can_be_followed_to_users(judged: Judged, order: np.ndarray) -> None:
+    params = Params(evaluation=EvaluationParams(bootstrap=50), controls=ControlsParams(k=12))
+    users = np.arange(WINDOWS) // 2
+    interactions = pd.DataFrame({"user": range(WINDOWS // 2), "user_id": [f"u{i}" for i in range(WINDOWS // 2)]})
+    windows = pd.DataFrame({"window": np.arange(WINDOWS), "user": users})
+    measured = evaluation.measure({N: {"corec": order}}, {N: judged}, params)
+    table = evaluation.per_window(measured, make_pools(judged), interactions, windows, seed=0)
+    assert (table["user_id"] == "u" + table["user"].astype(str)).all()
+    results = evaluation.tidy(measured, users, params)
+    means = table.groupby(["n_tokens", "model", "metric", "k", "tau", "user"], dropna=False, observed=True)["value"].mean()
+    means = means.groupby(level=[0, 1, 2, 3, 4], dropna=False).mean()
+    for row in results.itertuples():
+        k, tau = (np.nan if pd.isna(value) else value for value in (row.k, row.tau))
+        found = means[[key for key in means.index if key[2] == row.metric and same(key[3], k) and same(key[4], tau)]]
+        assert found.iloc[0] == pytest.approx(row.value)
+
+
+def same(one: object, other: object) -> bool:
+    return bool(one == other) if not (pd.isna(one) or pd.isna(other)) else bool(pd.isna(one) and pd.isna(other))
+
+
+def test_the_evaluation_needs_no_language_model() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; from corec import evaluation, figures; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,7 +1,11 @@
 """The project's own rules: pins, notebooks, the command line, and stages in order."""
 
 import ast
+import importlib.metadata
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,20 +13,48 @@ import nbformat
 import pytest
 import yaml
 
-from corec import CorecError, params, paths, reproduce
+from corec import CorecError, files, params, paths, reproduce, stages
+from corec.__main__ import main as corec_main
 
 ROOT = Path(__file__).parents[1]
 RUN = params.Params(run="r")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_environment_and_project_have_the_same_packages_and_pins() -> None:
+def test_all_packages_are_pinned_and_conda_takes_the_same() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [pin for group in project["optional-dependencies"].values() for pin in group]
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    pins = next(entry["pip"] for entry in environment if isinstance(entry, dict))
-    assert sorted(pins[:-1]) == sorted(wanted)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][^ ]*", pin) for pin in wanted)
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert environment[-1] == {"pip": ["-e .[test]"]}
+
+
+def test_what_is_imported_is_declared_and_the_reverse() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = importlib.metadata.packages_distributions()
+    sources = [*(ROOT / "corec").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    texts = [path.read_text() for path in sources]
+    texts += [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    found = {
+        name.split(".")[0]
+        for text in texts
+        for node in ast.walk(ast.parse(text))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+    }  # fmt: skip
+    local = {"corec", "deepspeed", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    third = {name for name in found - local if name not in sys.stdlib_module_names and name}
+    declared = {
+        pin.split("==")[0].lower()
+        for group in (project["dependencies"], *project["optional-dependencies"].values())
+        for pin in group
+    }
+    for name in third:
+        assert {dist.lower() for dist in names[name]} & declared, f"{name} is imported and not declared"
+    used = {dist.lower() for name in third for dist in names[name]}
+    tools = {"jupyterlab", "pip", "mypy", "nbstripout", "nbval", "pytest", "ruff", "ipykernel", "ipywidgets"}  # run, not imported
+    stubs = {pin for pin in declared if pin.startswith("types-") or pin.endswith("-stubs")}
+    assert declared - used - tools - stubs == set(), "declared and never imported"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -45,43 +77,174 @@ def test_notebook_style(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_defaults_are_the_tiny_profile(path: Path) -> None:
+def test_the_parameters_cell_has_two_lines_and_names_the_tiny_profile(path: Path) -> None:
     notebook = nbformat.read(path, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    assert len(cell.source.splitlines()) == 2
     namespace: dict[str, object] = {}
     exec(cell.source, namespace)
-    assert params.from_notebook(namespace) == params.load(ROOT / "params" / "tiny.yaml")
+    assert namespace["profile"] == "params/tiny.yaml" and namespace["changes"] == {}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_modules_are_imported_under_their_own_names(path: Path) -> None:
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "corec":
+                    assert not [alias.asname for alias in node.names if alias.asname]
 
 
 def test_there_is_a_notebook_for_every_stage() -> None:
-    assert [path.stem for path in NOTEBOOKS] == list(paths.NOTEBOOKS.values())
+    assert [path.stem for path in NOTEBOOKS] == list(stages.NOTEBOOKS.values())
+    assert set(stages.NEEDS) == set(stages.NOTEBOOKS)
+    order = list(stages.NOTEBOOKS)
+    assert all(order.index(need) < order.index(name) for name, needs in stages.NEEDS.items() for need in needs)
+
+
+def finish(settings: params.Params, *names: str) -> None:
+    for name in names:
+        stages.start(settings, name).finish()
 
 
 def test_a_stage_before_its_input_and_a_stale_one() -> None:
     with pytest.raises(CorecError, match=r"no finished stage 'data': run notebooks/01_data.ipynb"):
-        paths.start(RUN, "sasrec", ["data"])
-    paths.start(RUN, "data").finish()
-    paths.start(RUN, "sasrec", ["data"]).finish()
-    paths.start(RUN, "controls", ["sasrec"])
-    (paths.root() / "output").write_text("another result")
-    paths.start(RUN, "data").finish([paths.root() / "output"])
+        stages.start(RUN, "sasrec")
+    finish(RUN, "data", "sasrec")
+    stages.start(RUN, "controls")
+    (paths.stage_dir("r", "data") / "output").write_text("another result")
+    stages.start(RUN, "data").finish([paths.stage_dir("r", "data") / "output"])
     with pytest.raises(CorecError, match=r"older than its input 'data': run notebooks/02_sasrec.ipynb again"):
-        paths.start(RUN, "controls", ["sasrec"])
+        stages.start(RUN, "controls")
 
 
-def test_a_stage_made_with_other_parameters() -> None:
-    paths.start(RUN, "data").finish()
-    paths.start(RUN, "sasrec", ["data"]).finish()
-    for changes in ({"data": params.DataParams(window=4)}, {"seed": 3}, {"sasrec": params.SasrecParams(hidden=8)}):
-        with pytest.raises(CorecError, match="was made with other parameters: run notebooks/0[12]"):
-            paths.start(RUN.model_copy(update=changes), "controls", ["sasrec"])
+def test_all_missing_stages_are_named_at_once() -> None:
+    with pytest.raises(CorecError) as error:
+        stages.start(RUN, "figures")
+    for name in ("data", "sasrec", "controls", "reranker", "evaluation"):
+        assert repr(name) in str(error.value) and f"notebooks/{stages.NOTEBOOKS[name]}.ipynb" in str(error.value)
+    finish(RUN, "data", "sasrec")
+    with pytest.raises(
+        CorecError, match="no finished stages 'controls', 'reranker': run notebooks/03_control_tokens.ipynb, notebooks/04"
+    ):
+        stages.start(RUN, "evaluation")
+
+
+def test_a_stage_made_with_other_parameters_says_which() -> None:
+    finish(RUN, "data", "sasrec")
+    for changes, which in (
+        ({"data": params.DataParams(window=4)}, r"data.window is 4, was 6"),
+        ({"seed": 3}, r"seed is 3, was 0"),
+        ({"sasrec": params.SasrecParams(hidden=8)}, r"sasrec.hidden is 8, was 64"),
+    ):
+        with pytest.raises(CorecError, match=rf"was made with other parameters \({which}\): run notebooks/0[12]"):
+            stages.start(RUN.model_copy(update=changes), "controls")
 
 
 def test_an_interrupted_stage_is_not_taken_for_whole() -> None:
-    paths.start(RUN, "data").finish()
-    paths.start(RUN, "data")
+    finish(RUN, "data")
+    stages.start(RUN, "data")
     with pytest.raises(CorecError, match="no finished stage 'data'"):
-        paths.require("r", "data")
+        stages.require("r", "data")
+
+
+def test_a_file_that_has_changed_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = stages.start(RUN, "data")
+    output = stage.folder / "table.csv"
+    output.write_text("a,b")
+    stage.finish([output])
+    stages.require("r", "data")
+    text = output.read_text()
+    output.write_text(text)  # the same content at another time
+    stages.require("r", "data")
+    assert corec_main(["verify", "r"]) == 0 and "all files are as" in capsys.readouterr().out
+    output.write_text("a,c")
+    with pytest.raises(CorecError, match=r"table.csv has changed since stage 'data' wrote it: run notebooks/01_data.ipynb again"):
+        stages.require("r", "data")
+    status = output.stat()
+    record = stages.read_record("r", "data") or {}
+    record["outputs"]["table.csv"]["modified_ns"] = status.st_mtime_ns  # size and time alike: the digest alone tells
+    files.write_json(stage.folder / "stage.json", record)
+    stages.require("r", "data")
+    assert corec_main(["verify", "r"]) == 1 and "table.csv has changed" in capsys.readouterr().err
+    output.unlink()
+    with pytest.raises(CorecError, match="table.csv is missing"):
+        stages.require("r", "data")
+    assert corec_main(["verify", "none"]) == 1 and "no finished stage of a run 'none'" in capsys.readouterr().err
+
+
+def test_the_machine_of_a_record_is_the_processor() -> None:
+    finish(RUN, "data")
+    assert "cores" in (stages.read_record("r", "data") or {})["machine"] and stages.git_state()["dirty"] in (True, False, None)
+
+
+def test_an_error_in_jupyter_is_one_sentence() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    assert CorecError("Do this.")._render_traceback_() == ["CorecError: Do this."]
+    shell = InteractiveShell()
+    shown: list[str] = []
+    shell._showtraceback = lambda kind, value, lines: shown.extend(lines)  # type: ignore[method-assign]
+    shell.run_cell("from corec import CorecError\nraise CorecError('Do this.')")
+    assert shown == ["CorecError: Do this."]
+
+
+def test_control_c_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "execute", interrupt)
+    assert reproduce.main([str(ROOT / "params" / "tiny.yaml")]) == 130
+    assert (
+        capsys.readouterr().err
+        == "corec: interrupted; the same command goes on from the last checkpoint of the stage that was running.\n"
+    )
+
+
+def test_the_stages_of_a_run_are_a_field_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(reproduce, "execute", lambda notebook, *_: ran.append(notebook))
+    for name, wanted in (
+        ("efficiency", "01 02 03 04 09"),
+        ("ml-100k", "01 02 03 04 05 06"),
+        ("orders", "01 02 03 08"),
+        ("retriever-ml-1m", "01 02 07"),
+    ):
+        ran.clear()
+        assert reproduce.main([str(ROOT / "params" / f"{name}.yaml")]) == 0
+        assert [notebook[:2] for notebook in ran] == wanted.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seed", "k"),
+    [
+        (["-p", "profile", "{file}"], 5, 11),
+        (["-f", "{file}"], 5, 11),
+        (["-p", "profile", "{file}", "-y", "{{seed: 3}}"], 3, 11),
+        (["-p", "profile", "{file}", "-y", "{{controls: {{k: 10}}}}"], 5, 10),
+    ],
+    ids=["-p", "-f", "-y", "-y of a part of a section"],
+)
+def test_papermill_sets_parameters_by_file_by_name_and_by_yaml(tmp_path: Path, arguments: list[str], seed: int, k: int) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("run: mine\nseed: 5\ncontrols: {k: 11, max_windows: {train: 40, valid: 7}}\nsasrec: {top_k: 12}\n")
+    lines = [
+        "import json",
+        "from corec import profiles",
+        "settings = profiles.from_notebook(globals())",
+        "print(settings.model_dump_json())",
+    ]
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
+    tagged = nbformat.v4.new_code_cell('profile: str = "params/tiny.yaml"\nchanges: dict = {}', metadata={"tags": ["parameters"]})
+    notebook.cells = [tagged, nbformat.v4.new_code_cell("\n".join(lines))]
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    command = [sys.executable, "-m", "papermill", str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb")]
+    ran = subprocess.run(command + [part.format(file=file) for part in arguments], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    cell = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1]
+    found = params.Params.model_validate_json(json.loads(json.dumps(cell.outputs[0]["text"])))
+    assert (found.run, found.seed, found.controls.k) == ("mine", seed, k)
+    assert found.controls.max_windows.train == 40 and found.controls.max_windows.valid == 7
 
 
 def test_the_command_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,7 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
         merged = engine.merge(model)
         yield from rate(merged, rows)
     yield from one_by_one(merged, rows, whole)
+    yield from against_the_library(merged, rows)
 
 
 def single(rows: list[reranker.Row], number: int) -> reranker.Row:
@@ -109,6 +111,43 @@ def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float)
     yield Figure("prefill", 1e3 * machine.seconds(lambda: engine.prefill(model, rows[0])), "ms")
     ours = machine.seconds(lambda: model.forward(rows[:8])) / 8
     yield Figure("score_8_merged", 1 / ours, "users/s")
+
+
+@torch.inference_mode()
+def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
+    """The fused layers against transformers' own with its SDPA attention, plain and compiled by ``torch.compile``.
+
+    Adapter merged; a batch of packed rows, and one request behind a kept prefix. Compilation is not timed.
+    """
+    if model.fused is None:
+        return
+    batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
+    library = replace(model, fused=None)
+    base = library.causal.base_model
+    compiled = torch.compile(base, dynamic=True)
+    ways = {"fused": (model, base), "sdpa": (library, base), "compile": (library, compiled)}
+    scored, answered = {}, {}
+    for name, (way, layers) in ways.items():
+        setattr(way.causal, way.causal.base_model_prefix, layers)
+        try:
+            prefix = engine.prefill(way, rows[0])
+            works = [partial(way.forward, batch), partial(engine.answer, way, prefix, rows[0].suffixes[:1])]
+            for work in works:
+                work()  # compiles
+            scored[name] = machine.seconds(works[0]) / len(batch)
+            answered[name] = machine.percentiles(lambda i: engine.answer(way, prefix, single(rows, i).suffixes), 40)[0]  # noqa: B023
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no compiler, say
+            print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+        finally:
+            setattr(way.causal, way.causal.base_model_prefix, base)
+    for name in ("sdpa", "compile"):
+        if name not in answered:
+            continue
+        ratio = scored[name] / scored["fused"]
+        yield Figure(f"score_8_fused_vs_{name}", 1 / scored["fused"], "users/s", f"transformers, {1 / scored[name]:.2f}", ratio)
+        ratio = answered[name] / answered["fused"]
+        label = f"transformers, {1e3 * answered[name]:.0f} ms"
+        yield Figure(f"one_request_fused_vs_{name}", 1e3 * answered["fused"], "ms", label, ratio)
 
 
 def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:

@@ -159,6 +159,8 @@ def choose_reviews(
 ) -> pd.DataFrame:
     """Of the loaded reviews, those of complete items by users with enough of them, in the file's order.
 
+    It is long because its queries are to be read in one piece.
+
     Which users pass is decided as :func:`corec.data.split_by_time` will: the first review of a user and an item
     counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more, and the
     `latest` of each.

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corec import controls, files, machine, reranker, sasrec
+from corec import controls, files, machine, pages, reranker, sasrec
 from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, Row, engine
@@ -150,4 +150,4 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     files.write_text(written[0], table.to_csv(index=False, float_format="%.4g"))
     draw(table).savefig(written[1], dpi=130)
     plt.close()
-    return written
+    return written + pages.write(folder)

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import evaluation, files, stages
+from corec import evaluation, files, pages, stages
 from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
@@ -190,7 +190,7 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
         files.write_text(path, rows.to_csv(index=False, float_format="%.5g"))
     draw_orders(curves, table).savefig(written[2], dpi=130)
     plt.close()
-    return written
+    return written + pages.write(folder)
 
 
 def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:

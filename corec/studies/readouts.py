@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import files
+from corec import files, pages
 from corec.params import Params
 from corec.reranker import Examples, build, train
 
@@ -56,7 +56,7 @@ def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
     files.write_text(written[0], curves.assign(dataset=params.data.dataset).to_csv(index=False, float_format="%.4f"))
     draw(curves).savefig(written[1], dpi=130)
     plt.close()
-    return written
+    return written + pages.write(folder)
 
 
 def draw(curves: pd.DataFrame) -> Figure:

@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import files, sasrec
+from corec import files, pages, sasrec
 from corec.data import Tables
 from corec.params import Params
 from corec.sasrec.baselines import judge, windows_of
@@ -141,7 +141,7 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
             written.append(folder / f"{name}.png")
             draw(table, name.removesuffix("_curves")).savefig(written[-1], dpi=130)
             plt.close()
-    return written
+    return written + pages.write(folder)
 
 
 def draw(curves: pd.DataFrame, by: str) -> Figure:

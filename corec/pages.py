@@ -1,0 +1,219 @@
+"""Pages of result tables (Markdown) from the CSV files of a folder in ``figures/``, and tables embedded in the documentation.
+
+``results.md`` beside the CSV files holds one section for each table. A page of the documentation names a section between two
+comments, and :func:`embed` fills in its table.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from corec import CorecError, files
+from corec.figures import markdown, results_page
+
+Section = tuple[str, list[str]]  # heading and lines
+MARK = re.compile(r"<!-- table: (?P<file>[^|]+?) \| (?P<heading>[^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def interval(row: pd.Series, name: str) -> str:
+    """A value with its interval, from columns ``name``, ``name low`` and ``name high``."""
+    return f"{row[name]:.3f} ({row[f'{name} low']:.3f} to {row[f'{name} high']:.3f})"
+
+
+def span(values: pd.Series, form: str) -> str:
+    """The range of some values, or the one value that all round to."""
+    low, high = form.format(values.min()), form.format(values.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def number(value: float) -> str:
+    """A number with three digits, or without decimals where it is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def orders_section(folder: Path) -> Iterator[Section]:
+    """CP and NDCG of the orders of the prompt (:mod:`corec.studies.orders`)."""
+    table, curves = pd.read_csv(folder / "orders.csv"), pd.read_csv(folder / "order_curves.csv")
+    trained = curves.groupby(["variant", "seed"])["requests"].max().groupby("variant").mean()
+    lengths = sorted(table["n_tokens"].unique())
+    columns = [("cp", n) for n in lengths if n] + [("ndcg", 0)]
+    header = ["read-out, place of the request", "supervised requests"]
+    header += [f"CP@5, {n} token{'s' if n > 1 else ''}" for n in lengths if n] + ["NDCG@5, no token"]
+    rows = []
+    for variant, part in table.groupby("variant", sort=False):
+        cells = part.set_index(["metric", "n_tokens"])
+        texts = [
+            f"{cells.loc[key, 'value']:.3f} ({cells.loc[key, 'low']:.3f} to {cells.loc[key, 'high']:.3f})"
+            if key in cells.index
+            else ""
+            for key in columns
+        ]
+        rows.append([f"`{variant}`", f"{trained[variant]:,.0f}" if variant in trained else "", *texts])
+    first = table.iloc[0]
+    about = (
+        f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {first['n_users']} test users, "
+        f"{table['seeds'].max()} seed{'s' if table['seeds'].max() > 1 else ''}, {first['minutes']:g} minutes of training each."
+    )
+    yield "CP and NDCG by variant", [about, "", *markdown(header, rows)]
+
+
+def readouts_section(folder: Path) -> Iterator[Section]:
+    """Loss of the read-outs (:mod:`corec.studies.readouts`)."""
+    table = pd.read_csv(folder / "readouts.csv")
+    rows = [
+        [f"`{name}`", f"{part['loss'].tail(10).mean():.2f}", f"{part['tokens'].mean():,.0f}", f"{part['seconds'].max():.0f}"]
+        for name, part in table.groupby("readout", sort=False)
+    ]
+    header = ["read-out", "mean loss of the last ten steps", "tokens a step", "seconds"]
+    yield "Loss by read-out", [f"{table['step'].max() + 1} steps each; 0.69 is chance.", "", *markdown(header, rows)]
+
+
+def retriever_sections(folder: Path) -> Iterator[Section]:
+    """Seeds, losses and simple rankers (:mod:`corec.studies.retriever`)."""
+    table = pd.read_csv(folder / "seeds.csv")
+    about = f"{table['dataset'].iloc[0]}, test, {table['n_users'].iloc[0]:,} users; {table['protocol'].iloc[0]}."
+    rows = [
+        [
+            str(int(row["seed"])), interval(row, "NDCG@10"), interval(row, "HR@10"), f"{row['valid NDCG@10']:.3f}",
+            str(int(row["best_epoch"])), f"{row['seconds']:,.0f}", f"{row['seconds_to_95']:,.0f}",
+        ]
+        for _, row in table.iterrows()
+    ]  # fmt: skip
+    means = [f"{table[name].mean():.3f} ± {table[name].std():.3f}" for name in ("NDCG@10", "HR@10")]
+    rows += [["mean ± standard deviation", *means, "", "", "", ""]] if len(table) > 1 else []
+    header = ["seed", "NDCG@10", "HR@10", "validation NDCG@10", "best epoch", "seconds", "seconds to 95 % of it"]
+    yield "Seeds", [about, "", *markdown(header, rows)]
+    if (folder / "losses.csv").exists():
+        table = pd.read_csv(folder / "losses.csv").query("chosen")
+        rows = [
+            [f"`{row['loss']}`", f"{row['lr']:g}", str(int(row["epochs"])), interval(row, "NDCG@10"), interval(row, "HR@10")]
+            for _, row in table.iterrows()
+        ]
+        yield "Losses", [about, "", *markdown(["loss", "rate", "epochs", "NDCG@10", "HR@10"], rows)]
+    table = pd.read_csv(folder / "baselines.csv")
+    rows = [
+        [str(row["ranker"]), *(interval(row, name) for name in ("NDCG@10", "HR@10", "behind"))] for _, row in table.iterrows()
+    ]
+    header = ["ranker", "NDCG@10", "HR@10", "NDCG@10 behind the last one, paired"]
+    yield "Simple rankers", [about, "", *markdown(header, rows)]
+
+
+def efficiency_sections(folder: Path) -> Iterator[Section]:
+    """Latency, throughput and price (:mod:`corec.studies.efficiency`)."""
+    table = pd.read_csv(folder / "efficiency.csv")
+    first, counts = table.iloc[0], sorted(table["K"].unique())
+    about = f"{first['backbone']}, {first['dtype']}, {first['device']}; ranges over the numbers of control tokens."
+    header, rows, more = ["", *(f"K = {k}" for k in counts)], [], []
+    for system, part in table.groupby("system", sort=False):
+        by_k = {k: part[part["K"] == k] for k in counts}
+        rows.append([f"{system}, median (ms)", *(span(of["p50_ms"], "{:.3g}") for of in by_k.values())])
+        rows.append([f"{system}, 95th percentile (ms)", *(span(of["p95_ms"], "{:.3g}") for of in by_k.values())])
+        more.append([f"{system}, lists a second", *(number(of["lists_per_s"].mean()) for of in by_k.values())])
+        more.append([f"{system}, US cents a thousand lists", *(f"{100 * of['usd_per_1000'].mean():.2g}" for of in by_k.values())])
+    yield "Latency", [about, "", *markdown(header, rows)]
+    yield "Throughput and price", [f"{about} Means over the numbers of control tokens.", "", *markdown(header, more)]
+
+
+def bench_table(path: Path) -> list[str]:
+    """The lines of a bench's CSV file as they are."""
+    rows = []
+    for _, row in pd.read_csv(path, keep_default_na=False).iterrows():
+        ratio = f"{float(row['ratio']):.3g}" if row["ratio"] != "" else ""
+        name = row["name"] if " " in row["name"] else f"`{row['name']}`"
+        rows.append([name, f"{float(row['value']):,.4g} {row['unit']}".strip(), row["baseline"], ratio])
+    return markdown(["figure", "value", "compared with", "ratio"], rows)
+
+
+def ladder_table(path: Path) -> list[str]:
+    """Training of SASRec step by step, for both kinds of sequences."""
+    table = pd.read_csv(path)
+    steps = table[table["name"].str.startswith("ladder_")].copy()
+    steps[["kind", "step"]] = steps["name"].str.extract(r"ladder_(ml1m|short)_\d+: (.*)")
+    wide = steps.pivot(index="step", columns="kind", values=["value", "ratio"]).loc[list(dict.fromkeys(steps["step"]))]
+    rows = []
+    for step, row in wide.iterrows():
+        gains = [f" (× {row['ratio', kind]:.2f})" if row["ratio", kind] > 0 else "" for kind in ("ml1m", "short")]
+        rows.append(
+            [str(step), *(f"{row['value', kind]:,.0f}{gain}" for kind, gain in zip(("ml1m", "short"), gains, strict=True))]
+        )
+    whole = [steps[steps["kind"] == kind]["value"] for kind in ("ml1m", "short")]
+    rows.append(["**in all**", *(f"**× {values.iloc[-1] / values.iloc[0]:.3g}**" for values in whole)])
+    return markdown(["interactions a second (gain on the step before)", "MovieLens-1M", "short sequences"], rows)
+
+
+def bench_sections(folder: Path) -> Iterator[Section]:
+    """The benches (``python -m corec.bench``), each as far as its CSV file is there."""
+    if (folder / "data.csv").exists():
+        yield "Data", ["`python -m corec.bench data`", "", *bench_table(folder / "data.csv")]
+    if (folder / "sasrec.csv").exists():
+        yield "Training of SASRec step by step", ["`python -m corec.bench sasrec`", "", *ladder_table(folder / "sasrec.csv")]
+        lines = [line for line in bench_table(folder / "sasrec.csv") if "ladder_" not in line]
+        yield "SASRec", ["`python -m corec.bench sasrec`", "", *lines]
+    for name, heading in (("engine", "Engine"), ("engine-amx", "Engine on a Xeon with AMX"), ("large", "Large")):
+        if (folder / f"{name}.csv").exists():
+            yield heading, [f"`python -m corec.bench {name.split('-')[0]}`", "", *bench_table(folder / f"{name}.csv")]
+
+
+KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
+    "seeds.csv": retriever_sections,
+    "readouts.csv": readouts_section,
+    "orders.csv": orders_section,
+    "efficiency.csv": efficiency_sections,
+    "data.csv": bench_sections,
+}
+
+
+def page(folder: Path) -> str | None:
+    """The page of a folder's CSV files; None where none is known.
+
+    Of a run's page (``metrics.csv``) the introduction and what else was measured, which are in no CSV file, stay as they are.
+    """
+    if (folder / "metrics.csv").exists():
+        old = (folder / "results.md").read_text()
+        table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
+        introduction = old.split("\n## ")[0].partition("\n\n")[2].strip()
+        new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction)
+        return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("What else"))
+    sections = [section for name, make in KINDS.items() if (folder / name).exists() for section in make(folder)]
+    if not sections:
+        return None
+    lines = [f"# Results: {folder.name}", ""]
+    for heading, body in sections:
+        lines += [f"## {heading}", "", *body, ""]
+    return "\n".join(lines)
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the page of a folder beside its CSV files; returns the files (none or one)."""
+    text = page(folder)
+    if text is None:
+        return []
+    files.write_text(folder / "results.md", text)
+    return [folder / "results.md"]
+
+
+def section_table(path: Path, heading: str) -> str:
+    """The table in a section of a page.
+
+    Raises
+    ------
+    CorecError
+        When there is no such page or section.
+    """
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise CorecError(f"{path} has no section {heading!r}: make it with docs/build.py, or correct the comment that names it.")
+    return "\n".join(line for line in found[1].splitlines() if line.startswith("|"))
+
+
+def embed(text: str, root: Path) -> str:
+    """A page of the documentation with the tables that its comments name; ``root`` is the folder their paths count from."""
+
+    def fill(match: re.Match[str]) -> str:
+        table = section_table(root / match["file"], match["heading"])
+        return f"<!-- table: {match['file']} | {match['heading']} -->\n{table}\n<!-- /table -->"
+
+    return MARK.sub(fill, text)

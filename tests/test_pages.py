@@ -1,0 +1,46 @@
+"""README and documentation agree with the CSV files of figures/."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from corec import CorecError, pages
+
+ROOT = Path(__file__).parents[1]
+BUILD = runpy.run_path(str(ROOT / "docs" / "build.py"))
+
+
+def test_result_pages_agree_with_their_csv_files() -> None:
+    found = BUILD["pages_of_figures"]()
+    assert {path.parent.name for path in found} >= {"ml-100k", "orders", "retriever-ml-1m", "efficiency", "bench", "readouts"}
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path}: run `python docs/build.py`"
+
+
+def test_documents_hold_the_tables_of_the_result_pages() -> None:
+    found = BUILD["documents"]()
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path}: run `python docs/build.py`"
+    assert (ROOT / "README.md") in found and "| **COREC** |" in (ROOT / "README.md").read_text()
+    assert sum(text.count("<!-- table:") for text in found.values()) >= 15
+
+
+def test_the_readme_is_short_and_no_link_is_broken() -> None:
+    import re
+
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_a_table_is_embedded_between_its_comments(tmp_path: Path) -> None:
+    (tmp_path / "results.md").write_text("# R\n\n## One\n\nwords\n\n| a |\n|---|\n| 1 |\n\n## Two\n\n| b |\n")
+    text = "before\n<!-- table: results.md | One -->\nold\n<!-- /table -->\nafter"
+    filled = pages.embed(text, tmp_path)
+    assert filled == "before\n<!-- table: results.md | One -->\n| a |\n|---|\n| 1 |\n<!-- /table -->\nafter"
+    assert pages.embed(filled, tmp_path) == filled
+    with pytest.raises(CorecError, match="results.md has no section 'Three'"):
+        pages.embed(text.replace("One", "Three"), tmp_path)
