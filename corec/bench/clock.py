@@ -1,4 +1,4 @@
-"""What a timing is: one line of a benchmark, and whole processes."""
+"""Record of one measurement, and timing of whole processes."""
 
 import subprocess
 import sys
@@ -7,18 +7,30 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """One line of a benchmark."""
+    """One measurement of a benchmark."""
 
     name: str
     value: float
     unit: str
-    baseline: str = ""
-    ratio: float | None = None
+    baseline: str = ""  # what the value is compared with
+    ratio: float | None = None  # value relative to the baseline, or speed-up over it, depending on the benchmark
 
 
 def process(code: str, *given: object) -> tuple[float, list[float]]:
-    """Seconds of a whole Python process, and what its last line printed."""
+    """Run Python code in a new process.
+
+    Parameters
+    ----------
+    code
+        Program for ``python -c``.
+    given
+        Command-line arguments of the program.
+
+    Returns
+    -------
+    Wall-clock seconds of the process, and the numbers in the last line that it printed.
+    """
     start = time.perf_counter()
     command = [sys.executable, "-c", code, *map(str, given)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - start, [float(word) for word in done.stdout.splitlines()[-1].split()]
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - start, [float(word) for word in completed.stdout.splitlines()[-1].split()]

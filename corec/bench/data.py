@@ -1,4 +1,4 @@
-"""``python -m corec.bench data``: stage 01 on synthetic files of Amazon's format."""
+"""``python -m corec.bench data``: time and memory of stage 01 on synthetic files in the Amazon format."""
 
 import subprocess
 import tempfile
@@ -13,7 +13,8 @@ from corec.data import synthetic
 REQUIRED = ["title", "description", "brand", "rank", "price"]
 
 
-# Whole processes, as the stage and as a plain reading by pandas would run; each prints its seconds of writing and its peak.
+# Programs of whole processes: the stage, and a plain version with pandas. Each prints the seconds of writing, its peak memory in
+# MB and the number of interactions.
 STAGE = """
 import sys, time
 from pathlib import Path
@@ -56,7 +57,7 @@ print(time.perf_counter() - start, machine.peak_memory_mb(), len(interactions))
 
 
 def zcat(folder: Path) -> float:
-    """Seconds that ``zcat`` takes for both files, the text thrown away."""
+    """Seconds of decompressing both files in `folder` with gzip, output discarded."""
     start = time.perf_counter()
     for path in sorted(folder.glob("*.json.gz")):
         subprocess.run(["gzip", "-dc", path], stdout=subprocess.DEVNULL, check=True)
@@ -64,9 +65,18 @@ def zcat(folder: Path) -> float:
 
 
 def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[Figure]:
-    """Stage 01 on synthetic files of the official format: against ``zcat``, against pandas at two million, and its memory.
+    """Time stage 01 on synthetic files in the official format, compared with ``zcat`` and pandas, and measure its peak memory.
 
-    The files are read once before they are timed, so all find them in the system's cache.
+    The files are read once before the timings, so that all runs find them in the page cache.
+
+    Parameters
+    ----------
+    reviews
+        Numbers of reviews to measure.
+    items
+        Number of items.
+    pandas
+        Compare with pandas at two million reviews.
     """
     for number in sorted(reviews):
         with tempfile.TemporaryDirectory(dir=paths.cache_dir()) as scratch:
@@ -74,13 +84,13 @@ def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[
             synthetic.write(folder, users=number // 8, items=items, reviews=number, brands=2000)
             zcat(folder)
             unpack = zcat(folder)
-            ours, (write, peak, rows) = process(STAGE, folder, " ".join(REQUIRED))
+            seconds, (write, peak, rows) = process(STAGE, folder, " ".join(REQUIRED))
             size = f"{number / 1e6:g}M"
             yield Figure(f"data_zcat_{size}", unpack, "s")
-            yield Figure(f"data_seconds_{size}", ours, "s", "zcat + time to write", ours / (unpack + write))
+            yield Figure(f"data_seconds_{size}", seconds, "s", "zcat + time to write", seconds / (unpack + write))
             yield Figure(f"data_peak_{size}", peak, "MB")
             if pandas and number == 2_000_000:
                 plain, (_, plain_peak, plain_rows) = process(PANDAS, folder, " ".join(REQUIRED))
                 assert plain_rows == rows, "both keep the same interactions"
-                yield Figure(f"data_vs_pandas_{size}", ours, "s", f"pandas.read_json, {plain:.1f} s", plain / ours)
+                yield Figure(f"data_vs_pandas_{size}", seconds, "s", f"pandas.read_json, {plain:.1f} s", plain / seconds)
                 yield Figure(f"data_pandas_peak_{size}", plain_peak, "MB")

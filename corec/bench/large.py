@@ -1,6 +1,6 @@
-"""``python -m corec.bench large``: the engine on a large model's shape, random weights, against the device's own rate.
+"""``python -m corec.bench large``: training and scoring with the shape of a large model, compared with the matmul rate.
 
-How fast a card trains and scores does not depend on what the weights are, so nothing gated is needed.
+The weights are random: speed does not depend on their values, so no gated model is needed.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,19 @@ TWIN = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "n
 
 
 def random_rows(windows: int, k: int, requests: int, tokens: int, rng: np.random.Generator) -> list[Row]:
-    """Rows of `tokens` tokens: `k` candidates' lines of equal length behind a history as long as they, then requests of ten."""
+    """Rows of random tokens: a history, `k` candidate lines of equal length and together as long as it, and the requests.
+
+    Parameters
+    ----------
+    windows
+        Number of rows.
+    k, requests
+        Candidates and requests per row; a request has ten tokens.
+    tokens
+        Length of a row, its requests included.
+    rng
+        Random generator.
+    """
     prefix = tokens - 10 * requests
     line = prefix // (2 * k)
     spans = [(prefix - (k - place) * line, prefix - (k - place - 1) * line) for place in range(k)]
@@ -32,7 +44,7 @@ def random_rows(windows: int, k: int, requests: int, tokens: int, rng: np.random
 
 
 def large(params: RerankerParams) -> reranker.Reranker:
-    """A re-ranker of the large shape with random weights; of its small twin where there is no GPU."""
+    """Build a re-ranker with random weights and the shape of :data:`MODEL`, or of the small :data:`TWIN` without a GPU."""
     device = machine.device()
     config = LlamaConfig(**estimate.SHAPES[MODEL] | ({} if device == "cuda" else TWIN))
     dtype = machine.resolve_dtype(params.dtype)
@@ -41,13 +53,23 @@ def large(params: RerankerParams) -> reranker.Reranker:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         head = reranker.Head(config.hidden_size, config.num_hidden_layers + 1, params)
     model = reranker.adapt(model, list(range(config.vocab_size - 64, config.vocab_size)), params).to(device)
-    # Rows are made by `random_rows`, so little is asked of a tokenizer and a prompter.
+    # Rows come from `random_rows`, so stubs of the tokenizer and the prompter are enough.
     tokenizer, prompter = SimpleNamespace(pad_token_id=0), SimpleNamespace(limit=config.max_position_embeddings)
     return reranker.Reranker(model, tokenizer, head, cast(Any, prompter), params)
 
 
 def forward_flop(config: Any, rows: int, tokens: int) -> float:
-    """Operations of a forward pass as in :func:`corec.scale.estimate.plan`: no logits, attention's upper half spared."""
+    """Floating-point operations of a forward pass as in :func:`corec.scale.estimate.plan`, without logits.
+
+    Attention counts half, because of the causal mask.
+
+    Parameters
+    ----------
+    config
+        Configuration of a Llama-like model.
+    rows, tokens
+        Number of rows and their length.
+    """
     width, heads, keys, inner = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.intermediate_size,
     )  # fmt: skip
@@ -56,27 +78,29 @@ def forward_flop(config: Any, rows: int, tokens: int) -> float:
 
 
 def matmul_rate(size: int, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a square matrix product."""
+    """Measured FLOP/s of the product of two [size, size] matrices."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / machine.seconds(lambda: left @ right)
 
 
 def peak_memory_mb() -> float:
-    """Of the GPU since the last reset; without one, of the process."""
+    """Peak memory in MB (10^6 bytes): allocated on the GPU since the last reset, or of the process without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else machine.peak_memory_mb()
 
 
 def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: int = 2) -> Iterator[Figure]:
-    """Training with and without gradient checkpointing, packed scoring, one request against a kept prefix.
+    """Time training with and without gradient checkpointing, packed scoring, and one request against a cached prefix.
 
-    The re-ranker is set up as in the default run (`late`, requests after the candidates). Training is the forward and the
-    backward pass; the optimiser moves a few million numbers beside them. Attention counts as the half that a causal mask
-    leaves, unlike in ``bench engine``, whose bare products do the whole square as well.
+    The re-ranker has the default settings (`late`, requests after the candidates). Training is the forward and backward pass,
+    without the optimiser, which updates only a few million parameters. Attention counts half, because of the causal mask;
+    in ``bench engine`` it counts in full, as in its bare products.
 
     Parameters
     ----------
     tokens
-        Length of a row, its requests included.
+        Length of a row, its requests included; at most 512 without a GPU.
+    k, requests
+        Candidates and requests per row.
     windows
         Rows of a training step, of which ``micro_batch`` share a pass, and of a scoring pass.
     """
@@ -100,20 +124,20 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            taken = machine.seconds(lambda: reranker.backward(model, rows, control))
+            seconds = machine.seconds(lambda: reranker.backward(model, rows, control))
         except CorecError:
             yield Figure(f"{label}_out_of_memory", peak_memory_mb(), "MB")
             continue
-        rate = 2 * flop / taken  # forward, and the gradient of the states; that of frozen weights is not wanted
-        yield Figure(f"{label}_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * taken:.0f} ms a pass", rate / bare)
+        rate = 2 * flop / seconds  # forward pass and gradient of the states; frozen weights need no gradient
+        yield Figure(f"{label}_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
         yield Figure(f"{label}_peak_memory", peak_memory_mb(), "MB")
     merged = engine.merge(model)
     with torch.inference_mode():
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        taken = machine.seconds(lambda: merged.forward(rows))
-        rate = flop / taken
-        yield Figure("score_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * taken:.0f} ms a pass", rate / bare)
+        seconds = machine.seconds(lambda: merged.forward(rows))
+        rate = flop / seconds
+        yield Figure("score_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
         yield Figure("score_peak_memory", peak_memory_mb(), "MB")
         prefix = engine.prefill(merged, rows[0])
         engine.answer(merged, prefix, rows[0].suffixes[:1])

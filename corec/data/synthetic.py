@@ -1,7 +1,7 @@
-"""Synthetic files in the official format of Amazon Review Data 2018, with tastes planted in them.
+"""Synthetic files in the format of Amazon Review Data 2018, with planted user preferences (tastes).
 
-For tests and timings only: nobody bought anything. Because the tastes are known, one can check that the pipeline
-finds them again. Attributes without a planted taste are in the same bucket for every item.
+For tests and timings only. The tastes are known, so tests can check that the pipeline recovers them. An attribute without a
+planted taste has the same bucket for every item.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-# Where the scheme's buckets begin, and an end.
+# Lower edges of the scheme's buckets, and the upper edge of the last bucket.
 EDGES = {"price": (1, 10, 15, 25, 50, 100, 1500), "rank": (1, 4, 6, 11, 51, 101, 201, 501, 90_000)}
 NOUNS = "Shampoo Lamp Kettle Camera Blanket Backpack Keyboard Perfume Puzzle Drill Notebook Teapot".split()
 WORDS = (
@@ -23,13 +23,13 @@ TASTES = ("price", "brand", "rank", "category")
 
 
 def lines_of_text(rng: np.random.Generator) -> str:
-    """A megabyte of words to cut reviews from; common words are more frequent (Zipf)."""
+    """About one megabyte of random words from which texts are cut; word frequencies follow Zipf's law."""
     share = 1 / np.arange(1, len(WORDS) + 1)
     return " ".join(rng.choice(WORDS, 220_000, p=share / share.sum()))
 
 
 def write_gzip(path: Path, lines: Iterable[str]) -> None:
-    """Write lines as one gzip member, a block of lines at a time."""
+    """Write lines as one gzip member, in blocks of 20,000 lines."""
     engine, block = zlib.compressobj(1, wbits=31), []
     with path.open("wb") as file:
         for number, line in enumerate(lines):
@@ -41,13 +41,27 @@ def write_gzip(path: Path, lines: Iterable[str]) -> None:
 
 
 def attributes(items: int, brands: int, tastes: tuple[str, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Number of each item's value, by attribute [items]; all 0 where no taste is planted."""
+    """Draw the attribute values of all items.
+
+    Parameters
+    ----------
+    items, brands
+        Number of items and of brands.
+    tastes
+        Attributes with a planted taste.
+    rng
+        Random generator.
+
+    Returns
+    -------
+    Value index of each item [items], by attribute; 0 for all items without a planted taste.
+    """
     sizes = {"price": len(EDGES["price"]) - 1, "brand": brands, "rank": len(EDGES["rank"]) - 1, "category": len(NOUNS)}
     return {name: rng.integers(0, size if name in tastes else 1, items) for name, size in sizes.items()}
 
 
 def metadata(values: dict[str, np.ndarray], text: str, rng: np.random.Generator) -> Iterator[str]:
-    """Lines of the metadata file; field by field as in the official one, a few kilobytes each."""
+    """Lines of the metadata file, with the fields of the official file and a few kilobytes each."""
     items = len(values["price"])
     starts, lengths = rng.integers(0, len(text) - 4000, items), rng.integers(300, 2500, items)
     bounds = {name: (np.take(edges, values[name]), np.take(edges, values[name] + 1)) for name, edges in EDGES.items()}
@@ -67,17 +81,34 @@ def metadata(values: dict[str, np.ndarray], text: str, rng: np.random.Generator)
 
 
 def asin(item: int) -> str:
-    """Ten characters, as Amazon's."""
+    """Item id of ten characters, the format of Amazon."""
     return f"B{item:09d}"
 
 
 def sequences(
     users: int, reviews: int, values: dict[str, np.ndarray], tastes: tuple[str, ...], strength: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Who reviewed what: users and items of about `reviews` reviews, a user's together.
+    """Draw user and item of each review.
 
-    Each user cares for one of the planted attributes and has a favourite value of it. With probability `strength` a
-    review follows this taste (an item with that value), else popularity (Zipf).
+    Each user has one planted attribute and one preferred value of it. With probability `strength`, the item of a review is
+    drawn uniformly from the items with that value; otherwise by popularity (Zipf, exponent 0.8).
+
+    Parameters
+    ----------
+    users, reviews
+        Number of users, and approximate number of reviews.
+    values
+        Value index of each item, by attribute (see :func:`attributes`).
+    tastes
+        Attributes with a planted taste.
+    strength
+        Probability that a review follows the taste.
+    rng
+        Random generator.
+
+    Returns
+    -------
+    Users and items [reviews], sorted by user.
     """
     items = len(values["price"])
     activity = rng.lognormal(0, 1.3, users)
@@ -88,7 +119,7 @@ def sequences(
     cares_for = rng.integers(0, max(1, len(tastes)), users)[who]
     follows = rng.random(len(who)) < strength
     for number, name in enumerate(tastes):
-        order = np.argsort(values[name], kind="stable")  # items, those of one value together
+        order = np.argsort(values[name], kind="stable")  # items sorted by value
         bounds = np.searchsorted(values[name][order], np.arange(values[name].max() + 2))
         filled = np.flatnonzero(np.diff(bounds))
         favourite = rng.choice(filled, users)
@@ -99,8 +130,18 @@ def sequences(
 
 
 def review_lines(who: np.ndarray, items: np.ndarray, text: str, rng: np.random.Generator) -> Iterator[str]:
-    """Lines of the review file, by item as in the official one; each user's reviews are days apart."""
-    place = np.arange(len(who)) - np.searchsorted(who, who)  # of the review in its user's sequence
+    """Lines of the review file, sorted by item as in the official file.
+
+    Parameters
+    ----------
+    who, items
+        User and item of each review [reviews], sorted by user. Consecutive reviews of a user are three days apart.
+    text
+        Words from which the texts are cut.
+    rng
+        Random generator.
+    """
+    place = np.arange(len(who)) - np.searchsorted(who, who)  # index of the review in its user's sequence
     times = 1_300_000_000 + 86_400 * (who % 700 + 3 * place)
     starts = rng.integers(0, len(text) - 6000, len(who))
     lengths = rng.lognormal(5.3, 0.9, len(who)).clip(20, 5000).astype(int)
@@ -125,16 +166,24 @@ def write(
     strength: float = 0.7,
     seed: int = 0,
 ) -> list[Path]:
-    """Write ``Synthetic.json.gz`` (reviews) and ``meta_Synthetic.json.gz``; returns the two files.
+    """Write ``Synthetic.json.gz`` (reviews) and ``meta_Synthetic.json.gz`` (items) to `folder`.
 
     Parameters
     ----------
-    users, items, reviews
-        How many; the number of reviews is met within rounding.
+    folder
+        Folder of the files; created if missing.
+    users, items, reviews, brands
+        Numbers of each; the number of reviews is approximate (rounding, and at least one review per user).
     tastes
-        Attributes in which tastes are planted, out of `TASTES`.
+        Attributes with planted tastes, a subset of :data:`TASTES`.
     strength
         Share of reviews that follow a taste; the others follow popularity.
+    seed
+        Seed of the random generator.
+
+    Returns
+    -------
+    Paths of the two files.
     """
     rng = np.random.default_rng([seed, 1])
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,129 +1,57 @@
-"""Training on several devices, as ``accelerate launch`` starts it: a share of each step's windows on each, gradients summed.
+"""Several processes by accelerate: what each computes of a step, and how the re-ranker is prepared for it.
 
-All processes draw the same batch from seed and step, each computes its own windows, and the sum of their gradients is that
-of one process with the whole batch (but for dropout, which each draws for itself). The launch's configuration
-(``params/launch/``) says where the weights are:
-
-- data parallel: all of them on every device. Only the few gradients of the adapter, head and new rows travel.
-- FSDP: those of each transformer layer in equal shards, put together while the layer computes (``fully_shard``).
-- DeepSpeed ZeRO-2: as data parallel, with Adam's state and the summed gradients in equal shards
-  (:class:`corec.reranker.optimizer.ZeroMaster`).
+All processes draw the same batch from seed and step, and each computes its own windows. The mean of their gradients is that of
+one process with the whole batch (but for dropout, which each draws for itself). ``accelerate launch`` with a file of
+``params/launch/`` says where the weights are: on every device (data parallel), or those of each transformer layer in shards
+(FSDP).
 """
 
-import importlib.util
 import os
-import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from corec import CorecError
-
-DEEPSPEED = "0.19.8"  # the version that ZeRO-2 was tried with, and some of whose inner names it needs
-
-
-@dataclass(frozen=True)
-class Devices:
-    """The processes that train together, and this one's place among them."""
-
-    rank: int = 0
-    size: int = 1
-    sharded: bool = False  # by FSDP
-    zero: bool = False  # by DeepSpeed's ZeRO-2
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that prints and writes."""
-        return self.rank == 0
-
-    def share(self, windows: int) -> slice:
-        """Which of a step's windows this process computes: equally many on each.
-
-        Raises
-        ------
-        CorecError
-            When they cannot be shared equally.
-        """
-        if windows % self.size:
-            raise CorecError(
-                f"{windows} windows a step cannot be shared equally by {self.size} processes: set reranker.batch_size to a "
-                f"multiple of {self.size}, or start another number of processes."
-            )
-        each = windows // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
-
-    def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        if self.size == 1:
-            return value
-        summed = torch.tensor(value, dtype=torch.float32 if torch.cuda.is_available() else torch.float64, device=here())
-        dist.all_reduce(summed)
-        return float(summed)
-
-    def agreed(self, value: float) -> float:
-        """The first process's number, on all of them."""
-        return self.total(value if self.first else 0.0)
-
-    def same(self, steps: int, checkpoint: Path | None) -> None:
-        """Raise CorecError unless all processes go on from the same number of steps."""
-        if self.total(float(steps != self.agreed(steps))):
-            raise CorecError(
-                f"The processes do not find the same {checkpoint}: give all machines one folder for runs/, or delete it on all."
-            )
-
-    def add_up(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each gradient by its sum over all processes (float32, one message for all)."""
-        if self.size > 1 and (parts := list(gradients)):
-            flat = torch.cat([part.reshape(-1) for part in parts])
-            dist.all_reduce(flat)
-            for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-                part.copy_(summed.reshape(part.shape))
+from corec.reranker.model import Reranker
+from corec.reranker.prompt import Row
 
 
-ALONE = Devices()
+class Scorer(nn.Module):
+    """The re-ranker's forward pass as a module, which accelerate can wrap."""
+
+    def __init__(self, reranker: Reranker) -> None:
+        super().__init__()
+        self.model, self.head = reranker.model, reranker.head
+        if reranker.params.readout == "index":
+            self.head.requires_grad_(False)
+        self._score = reranker.forward
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Scores [rows, R, K] (see :meth:`corec.reranker.Reranker.forward`)."""
+        return self._score(rows)
 
 
-def here() -> torch.device:
-    """The device of this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def join() -> Devices:
-    """Meet the other processes of ``accelerate launch`` (none when started without it); takes this process's own GPU.
+def prepare(reranker: Reranker, accelerator: Accelerator) -> nn.Module:
+    """The re-ranker as a module, prepared for the processes of `accelerator`: data parallel, or its layers sharded.
 
     Raises
     ------
     CorecError
-        When the launch asks for DeepSpeed and it is not installed, or for another of its stages than 2, or for more processes
-        than there are GPUs.
+        For a launch with FSDP where the architecture does not say which of its modules are layers.
     """
-    zero = asked_for("ACCELERATE_USE_DEEPSPEED")
-    if zero and importlib.util.find_spec("deepspeed") is None:
-        raise CorecError(
-            f"The launch asks for DeepSpeed, which is not installed: pip install deepspeed=={DEEPSPEED}, or choose another."
-        )
-    if zero and (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) != "2":
-        raise CorecError(
-            f"deepspeed_config.zero_stage is {stage}, of DeepSpeed's stages 2 alone is built: set it to 2, or shard the "
-            "weights by params/launch/fsdp.yaml."
-        )
-    started, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if torch.cuda.is_available() and started > cards:
-        raise CorecError(f"{started} processes for {cards} GPUs: give accelerate launch --num_processes {cards}.")
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))  # loading a backbone takes a while
-    several = state.num_processes > 1
-    return Devices(state.process_index, state.num_processes, asked_for("ACCELERATE_USE_FSDP") and several, zero and several)
+    module = Scorer(reranker)
+    if accelerator.num_processes > 1 and asked_for("ACCELERATE_USE_FSDP"):
+        return shard(module, reranker, accelerator)
+    return accelerator.prepare_model(module)
 
 
 def asked_for(name: str) -> bool:
@@ -131,69 +59,68 @@ def asked_for(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def leave(devices: Devices) -> None:
-    """Part from the other processes once all is written; without a GPU this ends the process.
+def shard(module: Scorer, reranker: Reranker, accelerator: Accelerator) -> nn.Module:
+    """Leave on each device its share of every transformer layer; all else is data parallel.
 
-    gloo's threads now and then abort a process that ends in the ordinary way ("terminate called without an active exception").
+    accelerate's own FSDP is not used: it takes the launch for data parallel where there is no GPU, so that nothing of it could be
+    tested there; it wraps the whole model too, under which transformers no longer returns the states of the layers that the
+    read-outs take; and it wants one number format for all trained parameters, where the head is float32. Layers may come from
+    the CPU; they go to the device one by one.
     """
-    if torch.cuda.is_available():
-        PartialState().destroy_process_group()
-    elif devices.size > 1:
-        dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    names = layer_names(reranker.causal)
+    for layer in [layer for layer in reranker.causal.modules() if type(layer).__name__ in names]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    module.to(accelerator.device)
+    sharded = [name for name, value in module.named_parameters() if isinstance(value, DTensor)]
+    module._ddp_params_and_buffers_to_ignore = sharded  # the name that DistributedDataParallel looks for
+    ids = [accelerator.device.index] if accelerator.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids)
 
 
-def one_first() -> AbstractContextManager[Any]:
-    """A context that the first process of each machine enters alone, and the others after it: for downloads."""
-    return PartialState().local_main_process_first()
-
-
-def shard(model: Any, devices: Devices) -> None:
-    """Leave on each device its share of every transformer layer of a Hugging Face `model`, in place.
-
-    The model may come from the CPU: its layers go to the device one by one, and what is not in a layer (the embeddings) whole.
-    Gradients arrive summed over all processes, in float32 on the way.
-
-    Raises
-    ------
-    CorecError
-        When the architecture does not say which of its modules are layers.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
+def layer_names(model: Any) -> list[str]:
+    """The class names of a Hugging Face model's transformer layers (raises CorecError where it does not give them)."""
+    names = sorted(getattr(model, "_no_split_modules", None) or ())
+    present = {type(module).__name__ for module in model.modules()}
+    if not present & set(names):
         raise CorecError(
             f"Parameter reranker.backbone: {type(model).__name__} does not say what its layers are, so it cannot be sharded: "
             "launch with params/launch/ddp.yaml, or choose another model."
         )
-    mesh, policy = init_device_mesh(here().type, (devices.size,)), MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in layers:  # each by itself: under a common root, transformers no longer hands out the layers' states
-        wrapped: Any = fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        wrapped.set_force_sum_reduction_for_comms(True)
-        wrapped.set_gradient_divide_factor(1.0)
-    model.to(here())
+    return [name for name in names if name in present]
 
 
-def is_sharded(value: Tensor) -> bool:
-    """Whether each process holds a part of this tensor only."""
-    return isinstance(value, DTensor)
+def share(windows: int, rank: int, size: int) -> slice:
+    """Which of a step's windows the process `rank` of `size` computes: equally many on each.
+
+    Raises
+    ------
+    CorecError
+        When they cannot be shared equally.
+    """
+    if windows % size:
+        raise CorecError(
+            f"{windows} windows a step cannot be shared equally by {size} processes: set reranker.batch_size to a "
+            f"multiple of {size}, or start another number of processes."
+        )
+    each = windows // size
+    return slice(rank * each, (rank + 1) * each)
 
 
-def local(value: Tensor) -> Tensor:
-    """The part that this process holds of a sharded tensor; any other tensor as it is."""
-    return value.to_local() if isinstance(value, DTensor) else value
+def gather(value: Any) -> list[Any]:
+    """A value of every process, on all of them."""
+    return list(gather_object([value]))
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which each process holds a `part`, cut as the sharded `like` is (a call of all processes)."""
-    if not isinstance(like, DTensor):
-        return part
-    together: Any = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return together.full_tensor()
+def agree(value: Any) -> Any:
+    """The first process's value, on all of them."""
+    return broadcast_object_list([value])[0]
 
 
-def part(value: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`whole`: this process's part of a tensor."""
-    return distribute_tensor(value, like.device_mesh, like.placements).to_local() if isinstance(like, DTensor) else value
+def require_same(steps: int, checkpoint: Path | None) -> None:
+    """Raise CorecError unless all processes go on from the same number of steps."""
+    if len(set(gather(steps))) > 1:
+        raise CorecError(
+            f"The processes do not find the same {checkpoint}: give all machines one folder for runs/, or delete it on all."
+        )

@@ -1,8 +1,8 @@
-"""Requests that come one by one: a window's prefix is computed once and kept, a request costs its own tokens.
+"""Incremental scoring: compute and cache the prefix of a window once, then score requests one at a time.
 
-:meth:`corec.reranker.Reranker.forward` scores all requests of a window that are known beforehand in one row. Here the
-keys and values of the prefix (instruction, history, candidates) are kept, and for `late` the candidates' states too, so
-that a further request is a pass over its few tokens and one small product a candidate.
+:meth:`corec.reranker.Reranker.forward` scores all requests of a window in one row, if they are known in advance. This
+module caches the keys and values of the prefix (instruction, history, candidates) and, for the read-out `late`, the states
+of the candidates. A further request then costs a pass over its own tokens and one dot product per candidate.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,24 @@ from corec.reranker.prompt import Row, collate
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is kept of one window."""
+    """Cached prefix of one window."""
 
-    layers: list[tuple[Tensor, Tensor]]  # keys and values [1, key heads, length, head width] of every layer
-    length: int  # tokens
-    candidates: Tensor | None  # late: states [1, K, hidden]
-    k: int
+    layers: list[tuple[Tensor, Tensor]]  # keys and values [1, key heads, length, head width] of each layer
+    length: int  # number of tokens
+    candidates: Tensor | None  # pooled states [1, K, hidden] of the candidates for the read-out `late`, otherwise None
+    k: int  # number of candidates
 
 
 def merge(reranker: Reranker) -> Reranker:
-    """The re-ranker with its adapter written into the backbone's weights, in place: for scoring alone.
+    """Merge the adapter into the weights of the backbone, in place, for scoring only.
 
-    That spares two small products and an addition for each of a layer's seven projections, and lets the layers be computed in
-    fewer operations where the architecture is Llama's or near it (see :mod:`corec.reranker.fused`). In bfloat16 the merged
-    weights are rounded, which moves scores a little.
+    Merging removes two small products and an addition from each of the seven projections of a layer, and allows fused layers
+    for Llama-like architectures (see :mod:`corec.reranker.fused`). In bfloat16 the merged weights are rounded, which changes
+    the scores slightly.
+
+    Returns
+    -------
+    A re-ranker with the merged model, or `reranker` itself if it has no adapter.
     """
     if not isinstance(reranker.model, PeftModel):
         return reranker
@@ -44,12 +48,19 @@ def merge(reranker: Reranker) -> Reranker:
 
 @torch.inference_mode()
 def prefill(reranker: Reranker, row: Row) -> Prefix:
-    """Compute the prefix of a window's `row` (its requests are not looked at).
+    """Compute and cache the prefix of a window.
+
+    Parameters
+    ----------
+    reranker
+        The model, with or without a merged adapter.
+    row
+        Row of the window; its suffixes are ignored.
 
     Raises
     ------
     CorecError
-        When the request comes before the candidates, or the architecture cannot share a prefix.
+        If the request precedes the candidates, or the architecture cannot share a prefix.
     """
     if reranker.params.request_position == "before" or not reranker.packs:
         raise CorecError(
@@ -61,20 +72,33 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
     cache = DynamicCache()
     states = reranker.states(batch.ids, batch.positions, batch.mask, cache)
     candidates = reranker.head.pool(batch.candidates, states) if reranker.params.readout == "late" else None
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
-    return Prefix(kept, len(row.prefix), candidates, len(row.spans))
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix(layers, len(row.prefix), candidates, len(row.spans))
 
 
 @torch.inference_mode()
 def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> Tensor:
-    """Scores [R, K] of the prefix's candidates under R more requests, given as the tokens behind the prefix.
+    """Score the candidates of a cached prefix under R requests.
 
-    All R go through in one row: each sees the prefix and itself only.
+    All requests are computed in one row; each attends to the prefix and to itself only.
+
+    Parameters
+    ----------
+    reranker
+        The model that computed the prefix.
+    prefix
+        Result of :func:`prefill`.
+    suffixes
+        Token ids of each request (see :attr:`corec.reranker.Row.suffixes`).
+
+    Returns
+    -------
+    Scores [R, K].
 
     Raises
     ------
     CorecError
-        When a request reaches beyond the positions that the backbone has.
+        If a request exceeds the maximum number of positions of the backbone.
     """
     reranker.model.eval()
     limit, longest = reranker.prompter.limit, max(map(len, suffixes))
@@ -82,10 +106,10 @@ def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]
         raise CorecError(f"A request of {longest} tokens behind {prefix.length} exceeds the backbone's {limit}: shorten it.")
     row = Row([], [], [list(suffix) for suffix in suffixes])
     batch = collate([row], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
-    seen = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)
-    mask = torch.cat([seen, batch.mask], dim=-1)
-    kept = prefix.layers if reranker.fused else DynamicCache(prefix.layers)
-    states = reranker.states(batch.ids, batch.positions + prefix.length, mask, kept)
+    prefix_mask = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)
+    mask = torch.cat([prefix_mask, batch.mask], dim=-1)
+    cache = prefix.layers if reranker.fused else DynamicCache(prefix.layers)
+    states = reranker.states(batch.ids, batch.positions + prefix.length, mask, cache)
     if prefix.candidates is None:
         return reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)
     return reranker.head(prefix.candidates, reranker.head.pool(batch.requests, states))[0]

@@ -1,4 +1,4 @@
-"""The re-ranker: a backbone with adapter, tokenizer, read-out head and prompter; built, saved and loaded."""
+"""The re-ranker (backbone with adapter, tokenizer, read-out head, prompter): building, saving and loading."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,33 +27,33 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class Reranker:
-    """A backbone with adapter, tokenizer, read-out head and prompter. Made by :func:`build` or :func:`load`."""
+    """A backbone with adapter, tokenizer, read-out head and prompter. Create it with :func:`build` or :func:`load`."""
 
-    model: Any  # peft's model, or the bare backbone
+    model: Any  # peft model, or backbone without adapter
     tokenizer: Any
     head: Head
     prompter: Prompter
     params: RerankerParams
-    packs: bool = True  # the architecture lets requests share a prefix (see :func:`can_pack`)
-    logit_scale: float = 1.0  # what the backbone multiplies its logits by (see :func:`logit_scale`)
-    fused: Any = None  # the backbone's layers in fewer operations, for scoring (see :func:`corec.reranker.engine.merge`)
-    trained: bool = False  # a training has moved its parameters
-    start: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what :func:`build` gave to the trainable parameters
+    packs: bool = True  # requests can share a prefix (see :func:`corec.reranker.probes.can_pack`)
+    logit_scale: float = 1.0  # factor of the logits (see :func:`corec.reranker.probes.logit_scale`)
+    fused: Any = None  # fused layers, for scoring only (see :func:`corec.reranker.engine.merge`)
+    trained: bool = False  # True if training has changed the parameters
+    start: dict[str, Tensor] = field(default_factory=dict, repr=False)  # initial values of the trainable parameters
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def causal(self) -> Any:
-        """The causal LM, its adapter in place, without peft's wrapping."""
+        """The causal LM with its adapter, without the peft wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Input embeddings [..., hidden] of `ids` [...], with the trained rows of the new tokens.
+        """Input embeddings [..., hidden] of the token ids `ids` [...], with the trainable rows of the new tokens.
 
-        peft would write those rows into a copy of the whole table in every pass, and differentiate by all of it.
+        This replaces the forward of peft, which copies the whole embedding table in every pass and computes its gradient.
         """
         layer = self.causal.get_input_embeddings()
         trained = getattr(layer, "token_adapter", None)
@@ -65,10 +65,23 @@ class Reranker:
         return torch.where((place >= 0)[..., None], new.to(table.weight.dtype), table(ids))
 
     def states(self, ids: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
-        """States [batch, L, hidden] of those layers that the read-out takes.
+        """Hidden states of the layers that the read-out uses.
 
-        A transformers `cache` is read and added to; the fused layers also take the kept keys and values themselves, which
-        are only read (see :class:`corec.fused.Fused`).
+        Parameters
+        ----------
+        ids
+            Token ids [batch, L].
+        positions
+            Position ids [batch, L]; None for those of the model.
+        mask
+            Attention mask [batch, 1, L, cached + L], or padding mask [batch, L].
+        cache
+            Cached prefix: a transformers cache, which is read and extended, or, for the fused layers, a list of keys and
+            values, which is only read (see :class:`corec.reranker.fused.Fused`).
+
+        Returns
+        -------
+        States [batch, L, hidden]: of the embeddings and all layers with ``layers: mix``, otherwise of the last layer only.
         """
         mixed = self.params.readout != "index" and self.params.layers == "mix"
         if self.fused is not None and positions is not None:
@@ -84,22 +97,25 @@ class Reranker:
         return output.hidden_states if mixed else (output.last_hidden_state,)
 
     def index_logits(self, states: Tensor, k: int) -> Tensor:
-        """Logits [..., k] of the first `k` candidates' index tokens at `states` [..., hidden], and of nothing else."""
+        """Logits [..., k] of the index tokens of the first `k` candidates, from the last layer's `states` [..., hidden].
+
+        Only these rows of the output layer are multiplied. The scale, bias and soft cap of the backbone are applied.
+        """
         layer = self.causal.get_output_embeddings()
-        wanted = torch.tensor(self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(k)]), device=states.device)
+        index_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids([index_token(i) for i in range(k)]), device=states.device)
         trained = getattr(layer, "token_adapter", None)
         if trained is None or trained.merged:
-            rows = layer.weight[wanted]
+            rows = layer.weight[index_ids]
         else:
-            rows = trained.trainable_tokens_delta["default"][wanted - trained.token_indices["default"][0]]
+            rows = trained.trainable_tokens_delta["default"][index_ids - trained.token_indices["default"][0]]
         logits = states @ rows.T.to(states.dtype)
         bias = getattr(layer, "bias", None)
-        logits = (logits if bias is None else logits + bias[wanted]).float() * self.logit_scale
+        logits = (logits if bias is None else logits + bias[index_ids]).float() * self.logit_scale
         cap = getattr(self.causal.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Scores [rows, R, K] of rows with equally many requests and candidates, in one forward pass."""
+        """Scores [rows, R, K] of the rows in one forward pass. All rows must have the same R and the same K."""
         batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
         layers = self.states(batch.ids, batch.positions, batch.mask) if self.packs else self.states(batch.ids, None, batch.real)
         if self.params.readout == "index":
@@ -110,14 +126,15 @@ class Reranker:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Give the trainable parameters the values that :func:`build` gave them, where a training has moved them."""
+        """Restore the initial values of the trainable parameters if training has changed them."""
         if self.trained:
-            for name, value in self.trainable().items():
-                value.copy_(self.start[name])
+            values = self.trainable()
+            for name, start in self.start.items():
+                values[name].copy_(start)
         self.trained = False
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that training moves, by name."""
+        """Trainable parameters of the model and, unless the read-out is ``index``, of the head, by name."""
         named = {f"model.{name}": value for name, value in self.model.named_parameters() if value.requires_grad}
         if self.params.readout != "index":
             named |= {f"head.{name}": value for name, value in self.head.named_parameters()}
@@ -126,7 +143,7 @@ class Reranker:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hide a warning that peft's use of transformers sets off, and that no user can act on."""
+    """Suppress a deprecation warning that peft triggers in transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -140,17 +157,28 @@ def build(
     adapted: bool = True,
     device: str | None = None,
 ) -> Reranker:
-    """A re-ranker on a fresh backbone.
+    """Build an untrained re-ranker on a pretrained backbone.
 
     Parameters
     ----------
-    items, table
-        Of stages 01 and 03.
+    items
+        Items table of stage 01.
+    table
+        Vocabulary of stage 03.
+    params
+        Backbone, adapter, prompt and read-out.
+    seed
+        Seed of torch, for the initial weights of adapter and head.
     adapted
-        Add LoRA (on the paper's seven projections, or on all linear layers where the architecture names them otherwise)
-        and trainable rows for the new tokens; without, the model is the zero-shot baseline.
+        Add trainable rows for the new tokens and LoRA on the seven projections of the paper, or on all linear layers if
+        the architecture names its projections otherwise. Without it, the model is the zero-shot baseline.
     device
-        Where it goes; without one, to a GPU where there is one.
+        Device of the model. By default the GPU, or the CPU if there is none.
+
+    Raises
+    ------
+    CorecError
+        If peft has no LoRA for the architecture.
     """
     torch.manual_seed(seed)
     model, tokenizer = backbones.load(params.backbone, machine.resolve_dtype(params.dtype))
@@ -174,12 +202,21 @@ def build(
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
-    """The backbone with LoRA on its projections and trainable rows for the tokens `added`.
+    """Wrap the backbone in a peft model with LoRA on its projections and trainable rows for the new tokens.
+
+    Parameters
+    ----------
+    model
+        Causal LM of Hugging Face.
+    added
+        Ids of the new tokens.
+    params
+        LoRA rank, alpha and dropout, and the read-out.
 
     Raises
     ------
     CorecError
-        When peft has no LoRA for the architecture.
+        If peft has no LoRA for the architecture.
     """
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     lora = LoraConfig(
@@ -200,7 +237,10 @@ def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
 
 
 def token_layers(model: Any, added: list[int], readout: str) -> dict[str, list[int]]:
-    """peft's ``trainable_token_indices``: the input embedding, and where it is untied and read the output layer too."""
+    """Value of peft's ``trainable_token_indices``: the tokens `added`, by name of the layer that holds their rows.
+
+    The layers are the input embedding and, if it is not tied and the read-out is ``index``, the output layer.
+    """
     layers = {"input": model.get_input_embeddings()}
     if not model.config.tie_word_embeddings and readout == "index":
         layers["output"] = model.get_output_embeddings()
@@ -209,16 +249,21 @@ def token_layers(model: Any, added: list[int], readout: str) -> dict[str, list[i
 
 
 def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
-    """The bare backbone as a re-ranker: read-out `index`, values in plain words, nothing trained.
+    """Build the zero-shot baseline: the backbone without adapter, read-out `index`, attribute values as words.
 
-    A new token's row is the mean of its words', so it reads an attribute's name as that word.
+    The row of an attribute's token is the mean of the rows of its name, so the model reads the token as that name.
     """
     plain = {"readout": "index", "request_position": "after", "values": "words"}
     return build(items, table, params.model_copy(update=plain), seed=0, adapted=False)
 
 
 def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the adapter in peft's own format, the tokenizer, the head and the learning curve; returns the files."""
+    """Write the adapter (peft format), the tokenizer, the head and the learning curve to `folder`.
+
+    Returns
+    -------
+    Paths of the adapter's weights, the head's weights and the curve.
+    """
     adapter = folder / "adapter"
     reranker.model.save_pretrained(adapter, save_embedding_layers=False)
     reranker.tokenizer.save_pretrained(adapter)
@@ -228,17 +273,24 @@ def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
-    """A saved re-ranker on its backbone; gives the same scores as the one that was saved.
+    """Load a re-ranker written by :func:`save`. It gives the same scores as the saved one.
+
+    Parameters
+    ----------
+    folder
+        Folder passed to :func:`save`.
+    items, table, params
+        As passed to :func:`build`.
 
     Raises
     ------
     CorecError
-        When the folder holds no adapter.
+        If the folder contains no adapter.
     """
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # as it was trained, should `auto` now differ
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # the dtype of training
     bare = build(items, table, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
@@ -248,12 +300,12 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
 
 @torch.inference_mode()
 def token_rows(reranker: Reranker, tokens: Iterable[str]) -> pd.DataFrame:
-    """Embedding rows of some tokens, one a row, as they are now."""
+    """Current input embeddings of `tokens`, one row per token [tokens, hidden]."""
     tokens = list(tokens)
     ids = torch.tensor(reranker.tokenizer.convert_tokens_to_ids(tokens), device=reranker.device)
     return pd.DataFrame(reranker.model.get_input_embeddings()(ids).float().cpu().numpy(), index=tokens)
 
 
 def row_drift(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
-    """How far each token's row has moved, as a share of the length it had."""
+    """Distance between the rows `before` and `after` of each token, relative to the norm of the row before."""
     return pd.Series(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1), index=before.index)

@@ -1,4 +1,4 @@
-"""Properties of a backbone that are tried on a few tokens rather than looked up by its name."""
+"""Properties of a backbone, measured on a few tokens instead of looked up by its name."""
 
 import math
 from typing import Any
@@ -9,17 +9,22 @@ from corec.reranker.prompt import Row, collate
 
 
 def positions(config: Any, packs: bool) -> int | None:
-    """Positions that a prompt may take; a packed one must fit into a sliding window, which its mask knows nothing of."""
+    """Maximum number of positions of a prompt, or None if the configuration states none.
+
+    With packed requests (`packs`), a prompt must also fit into the sliding window, because the mask of a packed row does
+    not implement it.
+    """
     bounds = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None) if packs else None]
     return min((bound for bound in bounds if bound), default=None)
 
 
 @torch.inference_mode()
 def can_pack(model: Any) -> bool:
-    """Whether two requests behind one prefix get, in one row of `model`, the states that each gets alone.
+    """Check whether the requests of a window can share a prefix in one row of `model`.
 
-    It takes an architecture whose attention obeys a mask of rows by columns and counts positions as it is told: not one
-    with recurrent layers, with a sliding window, or with positions of its own (ALiBi). Tried on a dozen tokens.
+    Run a packed row of ten tokens, and its second request alone behind the prefix; the states of the request must agree to
+    2 % in norm. This requires an architecture whose attention follows the given mask (rows by columns) and position ids. It
+    excludes recurrent layers, sliding windows and built-in positions (ALiBi).
     """
     if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return False
@@ -30,19 +35,23 @@ def can_pack(model: Any) -> bool:
         packed = model.base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False)
     except (TypeError, ValueError, RuntimeError):
         return False
-    one = model.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -2:].float()
-    return bool((packed.last_hidden_state[0, -2:].float() - one).norm() < 0.02 * one.norm())
+    reference = model.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -2:].float()
+    return bool((packed.last_hidden_state[0, -2:].float() - reference).norm() < 0.02 * reference.norm())
 
 
 @torch.inference_mode()
 def logit_scale(model: Any) -> float:
-    """What a causal LM multiplies its output product by, as Cohere's and Granite's do; measured on three tokens."""
+    """Factor by which a causal LM multiplies its logits, as the Cohere and Granite models do.
+
+    Least-squares factor between the logits of the model and the product of its last hidden state with the output layer, at
+    the last of three tokens. Return 1.0 if the factor is within 1 % of 1 or not finite.
+    """
     layer, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     ids = torch.tensor([[5, 6, 7]], device=layer.weight.device)
-    plain = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0, -1].float()
-    given = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    if cap:  # undone where rounding does not grow by it
-        few = given.abs() < cap / 2
-        given, plain = cap * torch.atanh(given[few] / cap), plain[few]
-    factor = float((given @ plain) / (plain @ plain))
+    unscaled = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0, -1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    if cap:  # invert the soft cap, only for logits where this does not amplify rounding errors
+        small = logits.abs() < cap / 2
+        logits, unscaled = cap * torch.atanh(logits[small] / cap), unscaled[small]
+    factor = float((logits @ unscaled) / (unscaled @ unscaled))
     return factor if abs(factor - 1) >= 0.01 and math.isfinite(factor) else 1.0

@@ -1,9 +1,9 @@
-"""The prompt: new tokens, rows of token numbers, and batches of rows.
+"""Prompts: new tokens, rows of token ids, and batches of rows.
 
-A window becomes a *prefix* (instruction, history, candidates) and one or more *suffixes* (a request each). With
-``request_position: after`` all suffixes of a window share one prefix: they lie behind it in one row, each seeing
-the prefix and itself only, its positions counted from the prefix's end. With ``before`` (the paper's order) the
-request is part of the prefix, so every request is a row of its own.
+A window is encoded as one *prefix* (instruction, history, candidates) and one *suffix* per request. With
+``request_position: after``, all suffixes of a window share the prefix: they follow it in one row, each attends to the
+prefix and to itself only, and its positions continue from the end of the prefix. With ``before`` (the paper's order),
+the request is part of the prefix, so each request is a separate row.
 """
 
 from collections.abc import Sequence
@@ -18,31 +18,35 @@ from corec import CorecError
 from corec.controls import Vocabulary
 from corec.params import RerankerParams
 
-MAX_K = 50  # the most candidates of a prompt
+MAX_K = 50  # maximum number of candidates in a prompt
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token numbers of texts as ordinary text: what looks like a control token or another special token in them is not one."""
+    """Token ids of each text. Text that looks like a control token or another special token is encoded as ordinary text."""
     return list(tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def letters(place: int) -> str:
-    """Index of a candidate as a reader sees it: A to Z, then AA, AB and so on."""
+    """Displayed index of the candidate at 0-based position `place`: A to Z, then AA, AB and so on."""
     return (chr(64 + place // 26) if place >= 26 else "") + chr(65 + place % 26)
 
 
 def index_token(place: int) -> str:
-    """The dedicated token of a candidate's index: one token for every K, unlike letters."""
+    """Index token of the candidate at position `place`, for example ``<candidate A>``. Unlike letters, always a single token."""
     return f"<candidate {letters(place)}>"
 
 
 def value_token(table: Vocabulary, value: int) -> str:
-    """The token of one attribute value, e.g. ``<genre: Comedy>``."""
+    """Token of one attribute value, for example ``<genre: Comedy>``."""
     return f"<{table.name(value)}>"
 
 
 def new_tokens(table: Vocabulary, params: RerankerParams) -> dict[str, str]:
-    """All tokens to be added, each with the words its row starts from."""
+    """Tokens to add to the vocabulary, each mapped to the text that initialises its embedding row.
+
+    One token per attribute; with ``values: token`` one per attribute value; with read-out ``index`` one per candidate
+    position, :data:`MAX_K` in all.
+    """
     tokens = {f"<{attribute.name}>": f" {attribute.name}" for attribute in table.attributes}
     if params.values == "token":
         tokens |= {
@@ -55,9 +59,21 @@ def new_tokens(table: Vocabulary, params: RerankerParams) -> dict[str, str]:
 
 
 def extend_tokenizer(model: Any, tokenizer: Any, tokens: dict[str, str]) -> list[int]:
-    """Add tokens to tokenizer and model; each new row starts as the mean of its words' rows.
+    """Add tokens to the tokenizer and to the input and output embeddings of the model, in place.
 
-    All are added in one call (a second would replace the first list). Returns their numbers.
+    Each new row is initialised with the mean of the rows of its text. All tokens are added in one call, because a second
+    call would replace the list of the first.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Causal LM and tokenizer of Hugging Face.
+    tokens
+        New tokens and their texts (see :func:`new_tokens`).
+
+    Returns
+    -------
+    Token ids of the new tokens, consecutive and in the order of `tokens`.
     """
     before = len(tokenizer)
     pieces = encode(tokenizer, list(tokens.values()))
@@ -72,29 +88,37 @@ def extend_tokenizer(model: Any, tokenizer: Any, tokens: dict[str, str]) -> list
 
 
 class Row(NamedTuple):
-    """One sequence for the model: a prefix with its candidates, and the suffixes that share it."""
+    """One input sequence: a prefix that contains the candidates, and the suffixes that share it."""
 
-    prefix: list[int]
-    spans: list[tuple[int, int]]  # start and end of each candidate's line in the prefix
-    suffixes: list[list[int]]
+    prefix: list[int]  # token ids
+    spans: list[tuple[int, int]]  # start and end (exclusive) of each candidate's line in the prefix
+    suffixes: list[list[int]]  # token ids, one list per request
 
 
 class Prompter:
-    """Builds rows from windows; tokenises every item once.
+    """Build rows from windows. The titles of all items are tokenised once, at construction.
 
     Parameters
     ----------
     tokenizer
-        Already extended.
+        Tokenizer with the new tokens (see :func:`extend_tokenizer`).
     items
-        The items table.
+        Items table, items 1 to n in order.
     table
         Attributes and values.
     params
-        Position of the request, form of the values, read-out.
+        Position of the request, form of the values, read-out, length of the titles.
     limit
-        Positions that the model has. Where a prompt with the longest possible request would need more, all its titles
-        are cut to the same shorter length; if that is not enough, the oldest of the history goes. `cut` counts both.
+        Maximum number of positions of the model; None for no limit. If a prompt with the longest possible request needs
+        more, all its titles are truncated to the same shorter length; if that is not enough, the oldest history items
+        are dropped.
+
+    Attributes
+    ----------
+    cut
+        Number of rows, of rows with truncated titles and of rows with truncated histories since the last report.
+    reserve
+        Tokens of the longest possible request, with its heading and what follows it.
     """
 
     def __init__(
@@ -106,10 +130,10 @@ class Prompter:
         self._ids = {token: i for token, i in tokenizer.get_added_vocab().items()}
         self.titles = [[], *(ids[: params.title_tokens] for ids in encode(tokenizer, items["title"].tolist()))]
         in_history = np.array([attribute.in_history for attribute in table.attributes])
-        self.values = [self._value_ids(values) for values in range(len(table.labels))]
-        owned = [row[row >= 0] for row in table.values_of]
-        self.described = [self._describe(values) for values in owned]
-        self.described_short = [self._describe(values[in_history[table.attribute_of[values]]]) for values in owned]
+        self.values = [self._value_ids(value) for value in range(len(table.labels))]
+        item_values = [row[row >= 0] for row in table.values_of]
+        self.described = [self._describe(values) for values in item_values]
+        self.described_short = [self._describe(values[in_history[table.attribute_of[values]]]) for values in item_values]
         self.newline, self.between = self._encode("\n"), self._encode(" |||") if params.values == "words" else []
         self.heading_history = self._encode("The user's history, oldest first:\n")
         self.heading_candidates = self._encode("Rank these candidates for the user's next choice:\n")
@@ -122,18 +146,18 @@ class Prompter:
         self.reserve = len(self.heading_request) + sum(longest) + len(self.question) + len(self.newline)
 
     def _value_ids(self, value: int) -> list[int]:
-        """Tokens of one value, as in a request."""
+        """Token ids of one value, as in a request."""
         name = self.table.attributes[self.table.attribute_of[value]].name
         if self.params.values == "token":
             return [self._ids[value_token(self.table, value)]]
         return [self._ids[f"<{name}>"], *self._encode(f" {self.table.labels[value]}")]
 
     def _describe(self, values: np.ndarray) -> list[int]:
-        """Tokens of an item's values, as in its line."""
+        """Token ids of an item's values, as in its line."""
         return [token for value in values for token in self.values[value]]
 
     def request(self, values: Sequence[int]) -> list[int]:
-        """Tokens of a request: its constraints in order; none for an empty one."""
+        """Token ids of a request: the heading, then its constraints in order. Values of -1 (no constraint) are skipped."""
         ids = list(self.heading_request)
         for place, value in enumerate(value for value in values if value >= 0):
             ids += (self.between if place else []) + self.values[value]
@@ -142,42 +166,42 @@ class Prompter:
     def row(
         self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool = False
     ) -> Row:
-        """One row of a window.
+        """Encode one window as a row.
 
         Parameters
         ----------
         history, candidates
-            Items.
+            Item numbers; the history oldest first.
         requests
-            Value numbers of each request; with ``request_position: before`` exactly one.
+            Value ids of each request; exactly one request with ``request_position: before``.
         plain
-            Attributes only, no titles and no history: the curriculum's first part.
+            Omit the titles and the history (first part of the curriculum).
 
         Raises
         ------
         CorecError
-            When the model has too few positions even without titles and history.
+            If the prompt exceeds `limit` even without titles and history.
         """
         self.cut["rows"] += 1
-        titles, kept = self.params.title_tokens, list(history)
-        row = self._row(kept, candidates, requests, plain, titles)
+        titles, recent = self.params.title_tokens, list(history)
+        row = self._row(recent, candidates, requests, plain, titles)
         while self.limit and (over := len(row.prefix) + self.reserve - self.limit) > 0:
-            if titles:  # each line gets shorter by the same number of tokens, at least one
-                titles = max(0, titles - -(-over // (len(kept) + len(candidates))))
-            elif kept:
-                kept = kept[1:]
+            if titles:  # shorten every line by the same number of tokens, at least one
+                titles = max(0, titles - -(-over // (len(recent) + len(candidates))))
+            elif recent:
+                recent = recent[1:]
             else:
                 raise CorecError(
                     f"A prompt of {len(candidates)} candidates takes {self.limit + over} positions even without titles and "
                     f"history, the backbone has {self.limit}: lower controls.k, or name a reranker.backbone with more."
                 )
-            row = self._row(kept, candidates, requests, plain, titles)
+            row = self._row(recent, candidates, requests, plain, titles)
         self.cut["shorter titles"] += titles < self.params.title_tokens
-        self.cut["shorter histories"] += len(kept) < len(history)
+        self.cut["shorter histories"] += len(recent) < len(history)
         return row
 
     def report_cut(self) -> None:
-        """Say how many rows were cut to fit, if any were, and count anew."""
+        """Print how many rows were truncated, if any, and reset the counts."""
         if self.cut["shorter titles"]:
             print(f"prompts cut to the backbone's {self.limit} positions: {self.cut}", flush=True)
         self.cut = dict.fromkeys(self.cut, 0)
@@ -185,7 +209,7 @@ class Prompter:
     def _row(
         self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool, titles: int
     ) -> Row:
-        """The row of :meth:`row`, with `titles` tokens a title at the most."""
+        """Encode a window as in :meth:`row`, with at most `titles` tokens per title."""
         ids: list[int] = []
         if not plain:
             ids += self.heading_history
@@ -208,32 +232,44 @@ class Prompter:
 
 
 class Batch(NamedTuple):
-    """Rows as tensors. L is the longest row; R and K are the most requests and candidates of a row."""
+    """Rows as padded tensors. L, R and K are the maximum row length, number of requests and number of candidates."""
 
-    ids: Tensor  # [batch, L]
-    positions: Tensor  # [batch, L]
-    mask: Tensor  # [batch, 1, L, L], True where the row may see the column
-    real: Tensor  # [batch, L], False for padding
-    candidates: Tensor  # [batch, K, L] weights that pool states to candidates
-    requests: Tensor  # [batch, R, L] weights that pool states to requests
-    answers: Tensor  # [batch, R] place of the last token of each suffix
+    ids: Tensor  # [batch, L] token ids
+    positions: Tensor  # [batch, L] position ids
+    mask: Tensor  # [batch, 1, L, L] attention mask, True where the query (row) attends to the key (column)
+    real: Tensor  # [batch, L] False for padding
+    candidates: Tensor  # [batch, K, L] weights that pool token states into candidate states
+    requests: Tensor  # [batch, R, L] weights that pool token states into request states
+    answers: Tensor  # [batch, R] index of the last token of each suffix
 
 
 def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | str = "cpu") -> Batch:
-    """Pad rows on the right and lay out who sees whom.
+    """Pad rows on the right and build the attention mask and the pooling weights.
 
-    A suffix sees the prefix and its own earlier tokens. Padding sees itself only, and nothing sees it.
+    Attention is causal. A suffix attends to the prefix and to its own earlier tokens; padding attends to itself only,
+    and no other token attends to it.
+
+    Parameters
+    ----------
+    rows
+        Rows of one batch.
+    pad
+        Token id of the padding.
+    pooling
+        ``end``: the state of the last token of a line or suffix; ``mean``: the mean over its tokens.
+    device
+        Device of the tensors.
     """
     lengths = [len(row.prefix) + sum(map(len, row.suffixes)) for row in rows]
     size, n = max(lengths), len(rows)
     k, r = max(len(row.spans) for row in rows), max(len(row.suffixes) for row in rows)
     ids, positions = np.full((n, size), pad), np.zeros((n, size), dtype=int)
-    owner = np.full((n, size), -1)  # 0 = prefix, 1 … R = suffix, -1 = padding
+    segments = np.full((n, size), -1)  # 0 = prefix, 1 … R = suffix, -1 = padding
     candidates, requests = np.zeros((n, k, size), dtype=np.float32), np.zeros((n, r, size), dtype=np.float32)
     answers = np.zeros((n, r), dtype=int)
     for b, row in enumerate(rows):
         end = len(row.prefix)
-        ids[b, :end], positions[b, :end], owner[b, :end] = row.prefix, np.arange(end), 0
+        ids[b, :end], positions[b, :end], segments[b, :end] = row.prefix, np.arange(end), 0
         for place, (first, last) in enumerate(row.spans):
             first = last - 1 if pooling == "end" else first
             candidates[b, place, first:last] = 1 / (last - first)
@@ -242,14 +278,14 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
             stop = start + len(suffix)
             ids[b, start:stop] = suffix
             positions[b, start:stop] = np.arange(end, end + len(suffix))
-            owner[b, start:stop] = place + 1
+            segments[b, start:stop] = place + 1
             first = stop - 1 if pooling == "end" else start
             requests[b, place, first:stop] = 1 / (stop - first)
             answers[b, place], start = stop - 1, stop
-    whose = torch.from_numpy(owner)
-    mask = (whose[:, :, None] == whose[:, None, :]) | (whose[:, None, :] == 0)
-    mask = mask & (whose >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
+    segment_ids = torch.from_numpy(segments)
+    mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
+    mask = mask & (segment_ids >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
     mask = mask | torch.eye(size, dtype=torch.bool)
     arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers)]
-    arrays[2:2] = [mask[:, None], whose >= 0]
+    arrays[2:2] = [mask[:, None], segment_ids >= 0]
     return Batch(*(values.to(device) for values in arrays))

@@ -1,4 +1,4 @@
-"""Scores of every window's candidates under its requests, and what they say of the tokens."""
+"""Scores of the candidates of every window under its requests, and their dependence on the constraints."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,46 +17,60 @@ from corec.reranker.prompt import Row
 
 
 class Examples(NamedTuple):
-    """What the re-ranker reads of a run: histories by window, and stage 03's pools and vocabulary."""
+    """Inputs of the re-ranker: item histories by window, and the pools, requests and vocabulary of stage 03."""
 
     history: dict[int, list[int]]
     prepared: controls.Prepared
 
 
 def load_examples(windows: pd.DataFrame, prepared: controls.Prepared) -> Examples:
-    """Histories of the windows that were kept, beside their pools."""
-    kept = np.concatenate([pools.window for pools in prepared.pools.values()])
-    rows = windows.set_index("window").loc[kept, "history"]
+    """Combine the histories of the windows in `prepared` with their pools.
+
+    Parameters
+    ----------
+    windows
+        Windows table of stage 01.
+    prepared
+        Result of stage 03, which may keep only a sample of the windows.
+    """
+    sampled = np.concatenate([pools.window for pools in prepared.pools.values()])
+    rows = windows.set_index("window").loc[sampled, "history"]
     return Examples({window: list(history) for window, history in rows.items()}, prepared)
 
 
 def make_rows(
     reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], plain: bool = False
 ) -> list[Row]:
-    """Rows of some windows under several requests each.
+    """Encode windows as rows, each window under several requests.
 
     Parameters
     ----------
+    reranker, examples
+        Prompter and histories.
+    pools
+        Windows and their candidates.
     requests
-        One array [windows, n] for each request; n may differ.
+        One array [windows, n] per request; n may differ between requests.
+    plain
+        Omit the titles and the history (see :meth:`corec.reranker.Prompter.row`).
 
     Returns
     -------
-    One row a window (`after`), or one a window and request, a window's requests together (`before`, or where the
-    architecture cannot share a prefix).
+    One row per window with ``request_position: after``. One row per window and request, the requests of a window
+    consecutive, with ``before`` or if the architecture cannot share a prefix.
     """
     rows = []
     for i, window in enumerate(pools.window):
-        given = [request[i] for request in requests]
+        of_window = [request[i] for request in requests]
         shared = reranker.packs and reranker.params.request_position == "after"
-        groups = [given] if shared else [[request] for request in given]
+        groups = [of_window] if shared else [[request] for request in of_window]
         rows += [reranker.prompter.row(examples.history[window], pools.candidates[i], g, plain) for g in groups]
     return rows
 
 
 @contextmanager
 def memory_for(parameter: str) -> Iterator[None]:
-    """Turn want of memory, on a GPU or in the machine, into a sentence that names the `parameter` to lower."""
+    """Re-raise out-of-memory errors (GPU or CPU) as a CorecError that names the `parameter` to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -73,16 +87,29 @@ def memory_for(parameter: str) -> Iterator[None]:
 def score(
     reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], report: str | None = None
 ) -> np.ndarray:
-    """Scores [windows, R, K] of every window's candidates under its R requests.
+    """Score the candidates of every window under its R requests.
 
-    Rows are batched by length, so that little padding is computed.
+    Rows are batched by length to reduce padding.
 
     Parameters
     ----------
+    reranker, examples
+        Model and histories.
+    pools
+        Windows and their candidates.
     requests
-        R arrays [windows, n].
+        R arrays [windows, n]; n may differ between requests.
     report
-        What to call this in a progress line, printed every 20 s.
+        Label of a progress line, printed every 20 s; None for no progress lines.
+
+    Returns
+    -------
+    Scores [windows, R, K], float32.
+
+    Raises
+    ------
+    CorecError
+        If memory runs out.
     """
     reranker.model.eval()
     rows = make_rows(reranker, examples, pools, requests)
@@ -101,12 +128,22 @@ def score(
 
 
 def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], values_of: np.ndarray) -> dict[int, float]:
-    """Mean standardised score of candidates that meet a whole request less that of the others, by request.
+    """Mean standardised score of the candidates that meet all constraints of a request, minus that of the others.
 
     Parameters
     ----------
     scores
-        [windows, R, K], of the R `requests`.
+        [windows, R, K].
+    pools
+        Windows and their candidates.
+    requests
+        R arrays [windows, n].
+    values_of
+        Value ids of each item [items + 1, slots], from the vocabulary.
+
+    Returns
+    -------
+    Difference by index of the request; empty requests are omitted.
     """
     gaps = {}
     for place, request in enumerate(requests):
@@ -118,7 +155,7 @@ def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], 
 
 
 def score_split(reranker: Reranker, examples: Examples, split: str, lengths: Sequence[int]) -> np.ndarray:
-    """Scores [windows, R, K] of a split's windows under their requests of each of `lengths`."""
+    """Scores [windows, R, K] of the windows of a split, under one request of each of the R `lengths`."""
     pools, requests = examples.prepared.pools[split], [examples.prepared.requests[split, n] for n in lengths]
     return score(reranker, examples, pools, requests, report=f"{reranker.params.readout}, {split}")
 
@@ -126,7 +163,23 @@ def score_split(reranker: Reranker, examples: Examples, split: str, lengths: Seq
 def save_scores(
     scores: Mapping[tuple[str, str], np.ndarray], prepared: controls.Prepared, lengths: Sequence[int], folder: Path
 ) -> Path:
-    """Write scores [windows, R, K] by model and split as ``scores.parquet`` (``split window n_tokens model scores``)."""
+    """Write ``scores.parquet`` with columns ``split window n_tokens model scores``.
+
+    Parameters
+    ----------
+    scores
+        Arrays [windows, R, K] by model and split.
+    prepared
+        Result of stage 03, for the window numbers.
+    lengths
+        Number of constraints of each of the R requests.
+    folder
+        Folder of the file.
+
+    Returns
+    -------
+    Path of the file.
+    """
     parts = [
         pd.DataFrame(
             {"split": split, "window": prepared.pools[split].window, "n_tokens": n, "model": model, "scores": list(values[:, r])}

@@ -4,20 +4,23 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from corec import CorecError, controls, files, stages
 from corec.checkpoint import Checkpoint
 from corec.controls import Pools
 from corec.params import Params
-from corec.reranker.devices import ALONE, Devices
+from corec.reranker import devices
 from corec.reranker.model import Reranker
-from corec.reranker.optimizer import make as make_optimizer
+from corec.reranker.optimizer import MasterAdamW, load_state, whole_state
 from corec.reranker.prompt import Row
 from corec.reranker.readout import ranknet
 from corec.reranker.scoring import Examples, make_rows, memory_for
@@ -65,30 +68,42 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
 
 
-def backward(reranker: Reranker, rows: Sequence[Row], control: np.ndarray, of: int | None = None) -> float:
+def backward(
+    reranker: Reranker,
+    rows: Sequence[Row],
+    control: np.ndarray,
+    module: nn.Module | None = None,
+    accelerator: Accelerator | None = None,
+) -> float:
     """Add the gradient of the batch's loss, a few windows in memory at a time; returns the loss.
 
     Windows of like length share a pass, so that little padding is computed.
 
     Parameters
     ----------
+    reranker
+        The model.
     rows
-        Of all windows, in order (see :func:`make_rows`).
+        Of all windows, in order (see :func:`corec.reranker.make_rows`).
     control
         Control scores [windows, R, K].
-    of
-        Windows of the whole batch, where these are a share of it: the loss is their part of its mean.
+    module, accelerator
+        The re-ranker as prepared for several processes (see :mod:`corec.reranker.devices`); gradients then become the means over
+        the processes with the last pass.
     """
+    score = module or reranker.forward
     windows, total = len(control), 0.0
     per_window = len(rows) // windows
     groups = [rows[i * per_window : (i + 1) * per_window] for i in range(windows)]
     order = sorted(range(windows), key=lambda i: max(len(row.prefix) for row in groups[i]))
-    for start in range(0, windows, reranker.params.micro_batch):
-        some = order[start : start + reranker.params.micro_batch]
-        with memory_for("micro_batch"):
-            scores = reranker.forward([row for i in some for row in groups[i]])
+    size = reranker.params.micro_batch
+    for start in range(0, windows, size):
+        some, last = order[start : start + size], start + size >= windows
+        wait = accelerator.no_sync(module) if accelerator and module and not last else nullcontext()
+        with wait, memory_for("micro_batch"):
+            scores = score([row for i in some for row in groups[i]])
             wanted = torch.from_numpy(control[some]).to(reranker.device)
-            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / (of or windows))
+            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
             loss.backward()
         total += loss.item()
     return total
@@ -123,9 +138,9 @@ class Clock:
     def __init__(self, max_minutes: float, spent: float) -> None:
         self.limit, self.spent, self.started = 60 * max_minutes, spent, time.monotonic() - spent
 
-    def tick(self, devices: Devices) -> None:
+    def tick(self) -> None:
         """Read the clock of the first process."""
-        self.spent = devices.agreed(time.monotonic() - self.started)
+        self.spent = devices.agree(time.monotonic() - self.started)
 
     def progress(self, step: int, total: int) -> float:
         """Share of the training that has passed with this step."""
@@ -139,7 +154,7 @@ def train(
     params: Params,
     folder: Path | None,
     stop_after: int | None = None,
-    devices: Devices = ALONE,
+    accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
     """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
 
@@ -155,8 +170,8 @@ def train(
         Where checkpoints go; without one none is kept.
     stop_after
         Stop after so many steps, as if interrupted.
-    devices
-        The processes among which each step's windows are shared.
+    accelerator
+        Of ``accelerate launch``: each step's windows are shared among its processes.
 
     Returns
     -------
@@ -168,46 +183,49 @@ def train(
         When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), the memory is not enough, or a
         step's windows cannot be shared equally.
     """
-    settings, say = params.reranker, print if devices.first else lambda *_, **__: None
+    accelerator = accelerator or Accelerator()
+    settings, first, say = params.reranker, accelerator.is_main_process, accelerator.print
     total = settings.curriculum_steps + settings.steps
     end = min(total, stop_after or total)
     reranker.reset()
-    optimizer = make_optimizer(reranker.trainable(), settings, devices)
+    module = devices.prepare(reranker, accelerator)
+    optimizer = MasterAdamW(trainable(module), settings)
     rows: list[list[Any]] = []
     clock, shown = Clock(settings.max_minutes, 0.0), time.monotonic()
 
     identity = files.digest([stages.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])
     checkpoint = Checkpoint(folder / "checkpoint.pt" if folder else None, identity)
     dtype = str(reranker.causal.dtype)
-    if saved := checkpoint.load(reranker.device, say):
+    if saved := checkpoint.load("cpu", say):
         if saved["dtype"] != dtype:
             raise CorecError(
                 f"{checkpoint.path} was made in {saved['dtype']}, this training computes in {dtype}: set reranker.dtype to "
                 f"'{saved['dtype'].removeprefix('torch.')}' to go on, or delete the file."
             )
         rows, clock = saved["rows"], Clock(settings.max_minutes, saved["spent"])
-        optimizer.load(saved)
+        load_state(module, optimizer, saved["optimizer"])
         say(f"resumed after step {len(rows)}", flush=True)
-    devices.same(len(rows), checkpoint.path)
+    devices.require_same(len(rows), checkpoint.path)
 
     before = len(rows)
     while len(rows) < end and clock.spent < clock.limit:
         step = len(rows)
         reranker.model.train()
-        torch.manual_seed(params.seed * 1_000_003 + step + (devices.rank << 32))
+        torch.manual_seed(params.seed * 1_000_003 + step + (accelerator.process_index << 32))
         batch = training_batch(examples, params, step)
-        share = devices.share(len(batch.control))
-        pools = batch.pools.take(np.arange(len(batch.control))[share])
-        prompts = make_rows(reranker, examples, pools, [request[share] for request in batch.requests], batch.plain)
-        loss = devices.total(backward(reranker, prompts, batch.control[share], len(batch.control)))
-        clock.tick(devices)
-        norm = optimizer.step(schedule(clock.progress(step, total), settings.warmup))
+        part = devices.share(len(batch.control), accelerator.process_index, accelerator.num_processes)
+        pools = batch.pools.take(np.arange(len(batch.control))[part])
+        prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain)
+        losses = devices.gather(backward(reranker, prompts, batch.control[part], module, accelerator))
+        loss = sum(losses) / len(losses)
+        clock.tick()
+        norm = optimizer.update(schedule(clock.progress(step, total), settings.warmup))
         if not math.isfinite(norm + loss):
-            error = not_a_number(step, batch, folder if devices.first else None)
-            devices.total(0.0)  # all wait until the batch is kept
+            error = not_a_number(step, batch, folder if first else None)
+            accelerator.wait_for_everyone()
             raise error
         reranker.trained = True
-        tokens = round(devices.total(sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)))
+        tokens = sum(devices.gather(sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)))
         rows.append([step, batch.plain, loss, clock.spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:
             recent = np.mean([row[2] for row in rows[-10:]])
@@ -216,9 +234,14 @@ def train(
         last = len(rows) == end or clock.spent >= clock.limit
         due = len(rows) % settings.checkpoint_steps == 0 and len(rows) < total
         if due or (last and not stop_after and len(rows) > before):
-            state = optimizer.state()  # of all processes
-            if devices.first:
-                checkpoint.save({"dtype": dtype, "rows": rows, "spent": clock.spent, **state})
-    if devices.first:
+            state = whole_state(module, optimizer)  # a call of all processes
+            if first:
+                checkpoint.save({"dtype": dtype, "rows": rows, "spent": clock.spent, "optimizer": state})
+    if first:
         reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training moves, by name (without what a wrapper for several processes puts before it)."""
+    return {name.removeprefix("module."): value for name, value in module.named_parameters() if value.requires_grad}

@@ -1,1 +1,1 @@
-"""Comparisons. Each has a notebook of its own and writes into the folders of its own run."""
+"""Comparison studies of notebooks 07 to 09. A study writes into the folders of its own run."""

@@ -1,7 +1,7 @@
-"""What a ranked list costs: latency and throughput of retrieval and of re-ranking, and the price of a thousand.
+"""Cost of a ranked list: latency and throughput of retrieval and re-ranking, and price of 1000 lists.
 
-A *list* is K items for one user under one request. Latency is that of one list at a time, from tokens to scores; throughput
-that of lists computed together. The re-ranker has its adapter merged into the backbone, as one would serve it.
+A *list* is K items for one user under one request. Latency is measured for one list at a time, from token ids to scores;
+throughput for lists computed in batches. The adapter of the re-ranker is merged into the backbone, as in deployment.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,38 +27,38 @@ SYSTEMS = ("SASRec alone", "re-ranking, from nothing", "re-ranking, prefix kept"
 
 
 def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, model: Reranker, params: Params) -> pd.DataFrame:
-    """Time every one of :data:`SYSTEMS` for each K of ``efficiency.candidates`` and each number of control tokens.
+    """Time each of :data:`SYSTEMS` for each K of ``efficiency.candidates`` and each number of control tokens.
 
-    Requests are drawn from the retriever's own K candidates as in stage 03, one a user. Numbers of tokens take turns (see
-    :func:`corec.machine.interleaved`). `model` is changed: its adapter is merged.
+    Requests are drawn from the K candidates of the retriever as in stage 03, one per user. Timings of different numbers of
+    control tokens are interleaved (see :func:`corec.machine.interleaved`). `model` is modified: its adapter is merged.
 
     Returns
     -------
-    Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``;
-    the price is that of the machine's time at `lists_per_s`. Retrieval has no `n_tokens`. ``prefix kept`` is missing where the
-    order of the prompt or the architecture keeps nothing (see :func:`corec.reranker.engine.prefill`); its lists are made one
-    after the other, and its price leaves out the prefix.
+    Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``.
+    The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval. The rows of ``re-ranking,
+    prefix kept`` are absent if the order of the prompt or the architecture does not allow caching (see
+    :func:`corec.reranker.engine.prefill`); their lists are computed one at a time, and their price excludes the prefix.
     """
-    own, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
-    few = windows.sample(n=min(own.users, len(windows)), random_state=params.seed)
+    settings, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
+    sample = windows.sample(n=min(settings.users, len(windows)), random_state=params.seed)
     merged = engine.merge(model)
     rng, rows = np.random.default_rng([params.seed, 9]), []
-    for k in own.candidates:
+    for k in settings.candidates:
         print(f"K = {k}", flush=True)
         start = machine.now()
         sasrec.candidates(retriever, tables.interactions, windows, params.sasrec.model_copy(update={"top_k": k}))
         rate = len(windows) / (machine.now() - start)
-        each, found = retrieval(tables, few, retriever, params, k)
-        rows.append({"system": SYSTEMS[0], "K": k, **each, "lists_per_s": rate})
-        pools = controls.make_pools(few, found, k, params.seed)
-        examples = Examples(dict(zip(few["window"], map(list, few["history"]), strict=True)), prepared)
+        latency, retrieved = retrieval(tables, sample, retriever, params, k)
+        rows.append({"system": SYSTEMS[0], "K": k, **latency, "lists_per_s": rate})
+        pools = controls.make_pools(sample, retrieved, k, params.seed)
+        examples = Examples(dict(zip(sample["window"], map(list, sample["history"]), strict=True)), prepared)
         requests = {
             n: controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in params.controls.n_tokens
         }
         rows += [{"K": k, **row} for row in reranking(merged, examples, pools, requests, params)]
     table = pd.DataFrame(rows)
     hours = 1000 / table["lists_per_s"] / 3600
-    table["items_per_s"], table["usd_per_1000"] = table["K"] * table["lists_per_s"], own.usd_per_hour * hours
+    table["items_per_s"], table["usd_per_1000"] = table["K"] * table["lists_per_s"], settings.usd_per_hour * hours
     order = ["system", "K", "n_tokens", "p50_ms", "p95_ms", "lists_per_s", "items_per_s", "prompt_tokens", "usd_per_1000"]
     dtype = str(merged.causal.dtype).removeprefix("torch.")
     about = {"backbone": params.reranker.backbone, "dtype": dtype, "device": machine.name()}
@@ -68,25 +68,51 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
 def retrieval(
     tables: Tables, few: pd.DataFrame, retriever: SASRec, params: Params, k: int
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Latency of one user's K candidates, and the candidates of the windows `few` as stage 02 writes them."""
-    wanted = sasrec.queries(tables.interactions, few, params.sasrec.max_length)
+    """Latency of retrieval for one user, and the retrieved candidates.
+
+    Parameters
+    ----------
+    tables, retriever, params
+        Tables of stage 01, model of stage 02, settings of the run.
+    few
+        Windows that are timed.
+    k
+        Candidates per window.
+
+    Returns
+    -------
+    Median and 95th percentile in ms (``p50_ms``, ``p95_ms``), and the candidates of the windows in the format of stage 02.
+    """
+    queries = sasrec.queries(tables.interactions, few, params.sasrec.max_length)
 
     def find(number: int) -> Any:
         place = number % len(few)
-        state = sasrec.encode(retriever, [wanted.inputs[place]])
-        return sasrec.retrieve(retriever, state, wanted.seen[place], np.array([len(wanted.seen[place])]), k)
+        state = sasrec.encode(retriever, [queries.inputs[place]])
+        return sasrec.retrieve(retriever, state, queries.seen[place], np.array([len(queries.seen[place])]), k)
 
     middle, high = machine.percentiles(find, params.efficiency.repeats)
     best = [find(place) for place in range(len(few))]
-    found = {"candidates": [b.indices[0].cpu().numpy() for b in best], "scores": [b.values[0].cpu().numpy() for b in best]}
-    return {"p50_ms": 1e3 * middle, "p95_ms": 1e3 * high}, pd.DataFrame({"window": few["window"].to_numpy(), **found})
+    columns = {"candidates": [b.indices[0].cpu().numpy() for b in best], "scores": [b.values[0].cpu().numpy() for b in best]}
+    return {"p50_ms": 1e3 * middle, "p95_ms": 1e3 * high}, pd.DataFrame({"window": few["window"].to_numpy(), **columns})
 
 
 def reranking(
     model: Reranker, examples: Examples, pools: controls.Pools, requests: Mapping[int, np.ndarray], params: Params
 ) -> list[dict[str, Any]]:
-    """Rows of :func:`measure` for one K; `requests` holds for each number of tokens an array [windows, n]."""
-    rows = {n: reranker.make_rows(model, examples, pools, [asked]) for n, asked in requests.items()}
+    """Rows of :func:`measure` for the re-ranker at one K.
+
+    Parameters
+    ----------
+    model
+        Re-ranker with a merged adapter.
+    examples, pools
+        Histories, and candidates of the windows that are timed.
+    requests
+        Array [windows, n] by number of control tokens n.
+    params
+        Settings of the run.
+    """
+    rows = {n: reranker.make_rows(model, examples, pools, [request]) for n, request in requests.items()}
     first = next(iter(rows.values()))
     with torch.inference_mode():
         works = [partial(forward, model, of) for of in rows.values()]
@@ -107,8 +133,8 @@ def reranking(
             }
         )
     if model.packs and model.params.request_position == "after":
-        kept = engine.prefill(model, first[0])
-        times = machine.interleaved([partial(answer, model, kept, of) for of in rows.values()], params.efficiency.repeats)
+        prefix = engine.prefill(model, first[0])
+        times = machine.interleaved([partial(answer, model, prefix, of) for of in rows.values()], params.efficiency.repeats)
         for (n, of), (middle, high) in zip(rows.items(), times, strict=True):
             length = np.mean([len(row.suffixes[0]) for row in of])
             result.append(
@@ -125,17 +151,17 @@ def reranking(
 
 
 def forward(model: Reranker, rows: Sequence[Row], number: int) -> Tensor:
-    """One list from nothing: scores of one of the rows."""
+    """Score one list without a cached prefix: row `number`, modulo the number of rows."""
     return model.forward([rows[number % len(rows)]]).cpu()
 
 
 def answer(model: Reranker, prefix: engine.Prefix, rows: Sequence[Row], number: int) -> Tensor:
-    """One list from a kept prefix, under the request of one of the rows."""
+    """Score one list with a cached prefix, under the request of row `number`, modulo the number of rows."""
     return engine.answer(model, prefix, rows[number % len(rows)].suffixes).cpu()
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Latency and throughput by K, one line a system, one point a number of control tokens."""
+    """Plot latency and throughput against K, one line per system; bands are the range over numbers of control tokens."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists a second"), strict=True):
         sns.lineplot(table, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
@@ -145,7 +171,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the table and its picture; returns the files."""
+    """Write the table, its plot and the results page (:func:`corec.pages.write`) to `folder`; return the paths."""
     written = [folder / "efficiency.csv", folder / "efficiency.png"]
     files.write_text(written[0], table.to_csv(index=False, float_format="%.4g"))
     draw(table).savefig(written[1], dpi=130)

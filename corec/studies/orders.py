@@ -1,4 +1,4 @@
-"""The request before or after the candidates: read-outs trained for equal time, several seeds, judged without the retriever."""
+"""Request before or after the candidates: read-outs trained for equal time with several seeds, evaluated on their own scores."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
 
-# The paper's order and the packed one. `candidate` after the candidates would not see the request, `late` before them would
-# have none to compare with. One request a row leaves room for twice the windows.
+# The paper's order and the packed order. `candidate` needs states that attend to the request, so the request must precede the
+# candidates; `late` compares candidates with a request that follows them. With one request per row, twice the windows fit.
 ALONE = {"request_position": "before", "requests_per_window": 1, "batch_size": 8, "micro_batch": 4}
 
 ORDERS: dict[str, dict[str, Any]] = {
@@ -31,61 +31,73 @@ K = 5
 
 
 def with_reranker(params: Params, **changes: Any) -> Params:
-    """`params` with other values in their section `reranker`."""
+    """Copy of `params` with `changes` in its section `reranker`."""
     return params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
 
 
 def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: bool) -> float:
-    """Seconds of one training step's forward and backward pass, the faster of two."""
-    batch, taken = training_batch(examples, with_reranker(params, curriculum_steps=int(plain)), 0), []
+    """Seconds of the forward and backward pass of one training step, minimum of two.
+
+    `plain` selects the prompt without titles and history. The gradients are discarded.
+    """
+    batch, times = training_batch(examples, with_reranker(params, curriculum_steps=int(plain)), 0), []
     reranker.model.train()
     for _ in range(2):
         started = time.monotonic()
         backward(reranker, make_rows(reranker, examples, batch.pools, batch.requests, plain), batch.control)
-        taken.append(time.monotonic() - started)
+        times.append(time.monotonic() - started)
     for value in reranker.trainable().values():
         value.grad = None
-    return min(taken)
+    return min(times)
 
 
 def valid_cp(reranker: Reranker, examples: Examples, params: Params) -> float:
-    """Mean CP@5 (all constraints met) of the validation requests with a token; it selects the learning rate."""
+    """Mean CP@5 (all constraints met) of the non-empty validation requests; used to select the learning rate."""
     pools, lengths = examples.prepared.pools["valid"], [n for n in params.controls.n_tokens if n]
     requests = [examples.prepared.requests["valid", n] for n in lengths]
-    found = score(reranker, examples, pools, requests)
-    each = []
+    scores = score(reranker, examples, pools, requests)
+    values = []
     for place, (n, request) in enumerate(zip(lengths, requests, strict=True)):
         judged = evaluation.judge(pools, request, examples.prepared.table.values_of)
-        each.append(evaluation.by_window(evaluation.order_by(found[:, place]), judged, [K])["cp", K, n])
-    return float(np.mean(each))
+        values.append(evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [K])["cp", K, n])
+    return float(np.mean(values))
 
 
 def train_order(
     items: pd.DataFrame, examples: Examples, params: Params, label: str, steps: tuple[int, int] | None, kept: Path
 ) -> tuple[int, int]:
-    """One training of :func:`compare_orders`, by the settings in `params`, whose results go whole into the file `kept`.
+    """Run one training of :func:`compare_orders` and write its results.
 
     Parameters
     ----------
+    items, examples
+        Items table and windows.
+    params
+        Settings of this training.
+    label
+        Name in progress lines.
     steps
-        On the plain and on the whole prompt; without them, as many as trial steps foretell for half of the time each.
+        Steps on the plain and on the whole prompt. None: as many as fit into half of ``reranker.max_minutes`` each,
+        estimated from trial steps.
+    kept
+        File of the results (npz with ``scores curve valid``), written atomically.
 
     Returns
     -------
-    The steps.
+    Steps on the plain and on the whole prompt.
     """
     reranker = build(items, examples.prepared.table, params.reranker, params.seed)
     if steps is None:
-        each = [step_seconds(reranker, examples, params, plain) for plain in (True, False)]
-        plain, whole = (max(1, round(30 * params.reranker.max_minutes / seconds)) for seconds in each)
+        times = [step_seconds(reranker, examples, params, plain) for plain in (True, False)]
+        plain, whole = (max(1, round(30 * params.reranker.max_minutes / seconds)) for seconds in times)
         steps = plain, whole
     print(f"{label}: {steps[0]} plain and {steps[1]} whole steps", flush=True)
     curve = train(reranker, examples, with_reranker(params, curriculum_steps=steps[0], steps=steps[1]), None)
     valid = valid_cp(reranker, examples, params) if len(params.study.rates) > 1 else np.nan
     pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
-    found = score(reranker, examples, pools, requests, report=label)
+    scores = score(reranker, examples, pools, requests, report=label)
     with kept.with_suffix(".part").open("wb") as file:
-        np.savez(file, scores=found, curve=curve.to_numpy(dtype=float), valid=valid)
+        np.savez(file, scores=scores, curve=curve.to_numpy(dtype=float), valid=valid)
     kept.with_suffix(".part").replace(kept)
     return steps
 
@@ -93,67 +105,72 @@ def train_order(
 def compare_orders(
     items: pd.DataFrame, examples: Examples, params: Params, folder: Path
 ) -> tuple[dict[tuple[str, int], np.ndarray], pd.DataFrame]:
-    """Train entries of :data:`ORDERS` with `study.seeds` seeds, each for `study.order_minutes`, and score the test windows.
+    """Train variants of :data:`ORDERS` with `study.seeds` seeds, each for `study.order_minutes`, and score the test windows.
 
-    Half of the time goes to the plain prompt, half to the whole one: as many steps as a trial step of each foretells. Where
-    `study.rates` names several, the first seed trains with each, and the best on validation (:func:`valid_cp`) is that
-    variant's for all seeds. What is done is kept in `folder`, so that a second call goes on after the last whole training.
+    Half of the time is for the plain prompt, half for the whole prompt; the numbers of steps are estimated from trial steps.
+    If `study.rates` lists several factors of the learning rates, the first seed is trained with each, and the best factor
+    on validation (:func:`valid_cp`) is used for the other seeds of the variant. Each finished training is stored in
+    `folder`; a second call resumes after the last one.
 
     Returns
     -------
-    Scores [windows, R, K] by name and seed, of a request of each of ``controls.n_tokens``, and the trainings' rows (see
-    :func:`corec.reranker.train`) with columns ``variant seed rate valid_cp requests``, the last being the supervised requests
-    up to that step. ``valid_cp`` is there where several rates are.
+    Scores [windows, R, K] by variant and seed, for one request of each of ``controls.n_tokens``; and the learning curves (rows
+    of :func:`corec.reranker.train`) with additional columns ``variant seed rate valid_cp requests``, where ``requests`` counts
+    the supervised requests up to that step and ``valid_cp`` is NaN with a single rate.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores, curves = {}, []
-    own, study, tuned = params.reranker, params.study, len(params.study.rates) > 1
+    settings, study, tuned = params.reranker, params.study, len(params.study.rates) > 1
     before = [stages.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     names: Sequence[str] = study.orders or list(ORDERS)
     rates = {name: study.rates for name in names}
     steps: dict[str, tuple[int, int] | None] = dict.fromkeys(names)
     for seed in range(params.seed, params.seed + study.seeds):
         for name in names:
-            changes, minutes, found = ORDERS[name], study.order_minutes, {}
+            changes, minutes, results = ORDERS[name], study.order_minutes, {}
             for rate in rates[name]:
                 kept = folder / f"{name.replace(', ', '-')}-{seed}-{files.digest([before, changes, minutes, rate, tuned])}.npz"
                 if not kept.exists():
-                    rated = {key: rate * getattr(own, key) for key in ("lr", "lr_head", "lr_rows")}
+                    rated = {key: rate * getattr(settings, key) for key in ("lr", "lr_head", "lr_rows")}
                     variant = with_reranker(params, **changes, **rated, max_minutes=minutes).model_copy(update={"seed": seed})
                     label = f"{name}, seed {seed}, rate × {rate:g}"
                     steps[name] = train_order(items, examples, variant, label, steps[name], kept)
-                found[rate] = np.load(kept)
-            best = max(found, key=lambda rate: float(found[rate]["valid"]))
-            if len(found) > 1:
-                print(f"{name}: rate × {best:g} is the best of {list(found)} on validation", flush=True)
-            rates[name], scores[name, seed] = [best], found[best]["scores"]
-            asked = {"batch_size": own.batch_size, "requests_per_window": own.requests_per_window} | changes
-            each_step = asked["batch_size"] * asked["requests_per_window"]
-            for rate, saved in found.items():
+                results[rate] = np.load(kept)
+            best = max(results, key=lambda rate: float(results[rate]["valid"]))
+            if len(results) > 1:
+                print(f"{name}: rate × {best:g} is the best of {list(results)} on validation", flush=True)
+            rates[name], scores[name, seed] = [best], results[best]["scores"]
+            batch = {"batch_size": settings.batch_size, "requests_per_window": settings.requests_per_window} | changes
+            requests_per_step = batch["batch_size"] * batch["requests_per_window"]
+            for rate, saved in results.items():
                 curve = pd.DataFrame(saved["curve"], columns=["step", "plain", "loss", "seconds", "tokens"])
                 curve = curve.assign(variant=name, seed=seed, rate=rate, valid_cp=float(saved["valid"]))
-                curves.append(curve.assign(requests=each_step * (curve["step"] + 1)))
+                curves.append(curve.assign(requests=requests_per_step * (curve["step"] + 1)))
     return scores, pd.concat(curves, ignore_index=True)
 
 
 def judge_orders(
     scores: Mapping[tuple[str, int], np.ndarray], examples: Examples, users: np.ndarray, params: Params
 ) -> pd.DataFrame:
-    """CP@5 (all constraints met) and NDCG@5 of the scores alone, without the retriever's, by the number of control tokens.
+    """CP@5 (all constraints met) and NDCG@5 by number of control tokens, from the re-ranker's scores only (alpha = 0).
 
     Parameters
     ----------
     scores
-        Of :func:`compare_orders`.
+        First result of :func:`compare_orders`.
+    examples
+        Pools and requests.
     users
-        User of each test window.
+        User of each test window [windows].
+    params
+        Settings of the run.
 
     Returns
     -------
     Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high lowest highest seeds n_users K minutes
-    dataset protocol``: mean over seeds with its interval (bootstrap over users), by how much it is ahead of the first of
-    `scores` on the same users (``index, before``, unless `study.orders` names others), and the range of the seeds. ``sasrec``
-    and ``rule`` are there for comparison.
+    dataset protocol``: the mean over seeds with its bootstrap interval over users; the paired difference from the first
+    variant of `scores` (``index, before``, unless `study.orders` names others) with its interval; the range over seeds.
+    ``sasrec`` (the retriever's order) and ``rule`` are included for comparison.
     """
     first, _ = next(iter(scores))
     pools = examples.prepared.pools["test"]
@@ -161,8 +178,8 @@ def judge_orders(
     for place, n in enumerate(params.controls.n_tokens):
         judged = evaluation.judge(pools, examples.prepared.requests["test", n], examples.prepared.table.values_of)
         orders = {"sasrec": [evaluation.retriever_order(pools)], "rule": [evaluation.rule_order(pools, judged.met)]}
-        for (name, _), found in scores.items():
-            orders.setdefault(name, []).append(evaluation.order_by(found[:, place]))
+        for (name, _), array in scores.items():
+            orders.setdefault(name, []).append(evaluation.order_by(array[:, place]))
         for metric, key in (("cp", ("cp", K, n)), ("ndcg", ("ndcg", K, 0)))[not n :]:
             for name, of in orders.items():
                 seeds = np.stack([evaluation.by_window(order, judged, [K])[key] for order in of])  # [seeds, windows]
@@ -184,7 +201,12 @@ def judge_orders(
 
 
 def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the tables of :func:`judge_orders` and :func:`compare_orders`, and their picture; returns the files."""
+    """Write the tables of :func:`judge_orders` and :func:`compare_orders`, their plot and the results page.
+
+    Returns
+    -------
+    Paths of the files.
+    """
     written = [folder / "orders.csv", folder / "order_curves.csv", folder / "orders.png"]
     for path, rows in zip(written, (table, curves), strict=False):
         files.write_text(path, rows.to_csv(index=False, float_format="%.5g"))
@@ -194,7 +216,7 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
 
 
 def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Training loss over time and over requests, and CP@5 by tokens with intervals."""
+    """Plot the training loss against time and supervised requests, and CP@5 with intervals by number of control tokens."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     colors = dict(zip(ORDERS, sns.color_palette(), strict=False)) | {"rule": "grey"}
     curves = curves.assign(rate=curves.get("rate", 1.0))

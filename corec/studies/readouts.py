@@ -1,4 +1,4 @@
-"""Which read-out learns fastest: trainings of equal steps and about equal cost, side by side."""
+"""Learning speed of the read-outs: trainings with equal numbers of steps and about equal cost."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from corec import files, pages
 from corec.params import Params
 from corec.reranker import Examples, build, train
 
-# Read-outs side by side. `candidate` wants a row for each request, so it gets fewer of them: the tokens of a step
-# are about equal.
+# Read-outs to compare. `candidate` needs one row per request, so it gets fewer requests; all have about equally many tokens
+# per step.
 READOUTS: dict[str, dict[str, Any]] = {
     "index": {"readout": "index"},
     "candidate: line's end, last layer": {
@@ -33,11 +33,11 @@ READOUTS: dict[str, dict[str, Any]] = {
 
 
 def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) -> pd.DataFrame:
-    """Learning curves of every entry of :data:`READOUTS` on the plain prompt, for `study.readout_steps` steps each.
+    """Train each entry of :data:`READOUTS` on the plain prompt (attributes only) for `study.readout_steps` steps.
 
     Returns
     -------
-    The rows of :func:`corec.reranker.train` with a column ``readout``.
+    Learning curves (rows of :func:`corec.reranker.train`) with an additional column ``readout``.
     """
     curves = []
     for name, changes in READOUTS.items():
@@ -51,7 +51,7 @@ def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) ->
 
 
 def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
-    """Write the curves of :func:`compare_readouts` and their picture; returns the files."""
+    """Write the curves of :func:`compare_readouts`, their plot and the results page to `folder`; return the paths."""
     written = [folder / "readouts.csv", folder / "readouts.png"]
     files.write_text(written[0], curves.assign(dataset=params.data.dataset).to_csv(index=False, float_format="%.4f"))
     draw(curves).savefig(written[1], dpi=130)
@@ -60,7 +60,7 @@ def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
 
 
 def draw(curves: pd.DataFrame) -> Figure:
-    """Training loss over time, one line a read-out."""
+    """Plot the smoothed training loss against time, one line per read-out."""
     smoothed = curves.groupby("readout")["loss"].transform(lambda loss: loss.ewm(span=6).mean())
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     sns.lineplot(curves.assign(smoothed=smoothed), x="seconds", y="smoothed", hue="readout", ax=axis)

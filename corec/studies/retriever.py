@@ -1,6 +1,6 @@
-"""The retriever by loss at equal time, and by seed.
+"""The retriever with different losses at equal training time, and with different seeds.
 
-Ranking is full (all items that the user has not seen), the epoch is chosen by validation NDCG@10, and nothing is chosen by
+Ranking is full (all items that the user has not seen). The epoch is selected by validation NDCG@10; nothing is selected on
 the test windows.
 """
 
@@ -19,19 +19,28 @@ from corec.sasrec.baselines import judge, windows_of
 
 LOSSES = ("ce", "sampled", "gbce", "bce")
 
-RATES = (1.0, 0.3, 0.1)  # tried with every loss, times the run's learning rate
+RATES = (1.0, 0.3, 0.1)  # factors of the run's learning rate, tried with each loss
 
 TABLES = ("losses", "loss_curves", "seeds", "seed_curves", "baselines")
 
 
 def test_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[str, float]:
-    """How a training went: its time, its validation and its test figures.
+    """Summarise one training: epochs, time, validation and test metrics.
 
-    ``seconds_to_95``: when 95 % of the best validation NDCG@10 was first reached.
+    Parameters
+    ----------
+    trained
+        Result of :func:`corec.sasrec.train`.
+    tables, settings
+        Tables of stage 01 and settings of the run.
+
+    Returns
+    -------
+    Values by column name. ``seconds_to_95`` is the time at which 95 % of the best validation NDCG@10 was first reached.
     """
     windows = windows_of(tables, "test")
-    wanted = sasrec.queries(tables.interactions, windows, settings.sasrec.max_length)
-    ranks = sasrec.rank_targets(trained.model, wanted)
+    queries = sasrec.queries(tables.interactions, windows, settings.sasrec.max_length)
+    ranks = sasrec.rank_targets(trained.model, queries)
     curve = trained.curve.set_index("epoch")
     best = curve.loc[trained.best_epoch]
     judged = judge({"sasrec": ranks}, windows["user"].to_numpy(), settings).loc["sasrec"]
@@ -48,28 +57,35 @@ def test_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[
 
 
 def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The four losses at equal time: `study.loss_seconds` of training at each of :data:`RATES`, the best one kept.
+    """Compare the four losses at equal time: train each for `study.loss_seconds` at each of :data:`RATES`.
 
-    What suits one loss can keep another from learning at all, so each has the constant learning rate with which it
-    reached the best validation NDCG@10 in that time. All else is the run's.
+    A learning rate that suits one loss can prevent another from learning, so the constant rate is selected for each loss, by
+    its best validation NDCG@10 within that time. All other settings are those of the run.
+
+    Parameters
+    ----------
+    tables, settings
+        Tables of stage 01 and settings of the run.
+    folder
+        Folder of the checkpoints; None for none.
 
     Returns
     -------
-    One row a loss and rate (see :func:`test_row`; `chosen` marks the best rate of each loss), and the learning curves
-    of the chosen.
+    One row per loss and rate (see :func:`test_row`; `chosen` marks the selected rate of each loss), and the learning curves
+    of the selected rates.
     """
     rows, curves, budget = [], [], settings.study.loss_seconds
     for name in LOSSES:
         tried = {}
         for rate in [float(f"{settings.sasrec.lr * share:.3g}") for share in RATES]:
             print(f"loss {name}, learning rate {rate:g}: {budget:.0f} s", flush=True)
-            never = 1_000_000  # epochs: the time alone ends the training
-            own = {"loss": name, "lr": rate, "decay": False, "epochs": never, "patience": never}
+            unlimited = 1_000_000  # epochs; only the time limit ends the training
+            changes = {"loss": name, "lr": rate, "decay": False, "epochs": unlimited, "patience": unlimited}
             tried[rate] = sasrec.train(
                 tables.interactions,
                 tables.windows,
                 len(tables.items),
-                settings.sasrec.model_copy(update=own),
+                settings.sasrec.model_copy(update=changes),
                 settings.seed,
                 folder=folder and folder / f"{rate:g}",
                 max_seconds=budget,
@@ -84,11 +100,11 @@ def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tup
 
 
 def by_seed(tables: Tables, settings: Params, folder: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`study.seeds` trainings that differ in nothing but the seed: the run's and the next ones.
+    """Train with `study.seeds` consecutive seeds, from the run's seed on, and otherwise equal settings.
 
     Returns
     -------
-    One row a seed (see :func:`test_row`), and their learning curves.
+    One row per seed (see :func:`test_row`), and the learning curves.
     """
     rows, curves = [], []
     for seed in range(settings.seed, settings.seed + settings.study.seeds):
@@ -100,35 +116,35 @@ def by_seed(tables: Tables, settings: Params, folder: Path | None = None) -> tup
 
 
 def compare(tables: Tables, settings: Params, baselines: pd.DataFrame, stage: Path) -> dict[str, pd.DataFrame]:
-    """Train what ``study`` asks for, and keep it in ``figures/<run>/``.
+    """Run the trainings that the section ``study`` of the settings specifies.
 
     Parameters
     ----------
     tables, settings
-        Of the run.
+        Tables of stage 01 and settings of the run.
     baselines
-        Of :func:`corec.sasrec.baselines.judge`, kept beside the rest.
+        Result of :func:`corec.sasrec.baselines.judge`, included in the tables.
     stage
-        Folder for checkpoints.
+        Folder of the checkpoints.
 
     Returns
     -------
-    The tables by name (of :data:`TABLES`), each with its protocol.
+    Tables by name (of :data:`TABLES`), each with columns ``dataset protocol n_users``.
     """
-    made = {"baselines": baselines.rename_axis("ranker").reset_index()}
-    made["seeds"], made["seed_curves"] = by_seed(tables, settings, stage)
+    results = {"baselines": baselines.rename_axis("ranker").reset_index()}
+    results["seeds"], results["seed_curves"] = by_seed(tables, settings, stage)
     if settings.study.loss_seconds:
-        made["losses"], made["loss_curves"] = by_loss(tables, settings, stage / "losses")
+        results["losses"], results["loss_curves"] = by_loss(tables, settings, stage / "losses")
     users = windows_of(tables, "test")["user"].nunique()
     protocol = f"{settings.data.protocol}, all unseen items, epoch by validation NDCG@10"
-    name_of = settings.data.dataset
-    return {name: table.assign(dataset=name_of, protocol=protocol, n_users=users) for name, table in made.items()}
+    dataset = settings.data.dataset
+    return {name: table.assign(dataset=dataset, protocol=protocol, n_users=users) for name, table in results.items()}
 
 
 def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
-    """Write what :func:`compare` has made, and the pictures of the learning curves; returns the files.
+    """Write the tables of :func:`compare`, plots of the learning curves and the results page to `folder`; return the paths.
 
-    Tables of an earlier comparison in the same folder are removed.
+    Tables and plots of an earlier comparison in the same folder are removed.
     """
     for name in TABLES:
         for kind in ("csv", "png"):
@@ -145,7 +161,7 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
 
 
 def draw(curves: pd.DataFrame, by: str) -> Figure:
-    """Learning curves over time, one line a loss or a seed."""
+    """Plot validation NDCG@10 against time, one line per value of the column `by` (loss or seed)."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     sns.lineplot(curves, x="seconds", y="NDCG@10", hue=by, palette="deep", marker="o", markersize=4, ax=axis)
     axis.set(ylabel="validation NDCG@10", title=f"{curves['dataset'].iloc[0]}, {curves['n_users'].iloc[0]} users")

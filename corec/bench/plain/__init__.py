@@ -1,1 +1,1 @@
-"""The plain twins: the same functions by the plainest way, for tests and for timings."""
+"""Reference implementations: the same functions without optimisations, for tests and timings."""

@@ -1,6 +1,6 @@
-"""SASRec as a textbook has it: every sequence padded to the full length, attention written out, full logits, sorting.
+"""Textbook SASRec (Kang and McAuley, 2018): padding to the full length, explicit attention, full logits, ranks by sorting.
 
-The oracle of :mod:`corec.sasrec`: the same function of the same parameters, by the plainest way.
+Reference for :mod:`corec.sasrec`: the same function of the same parameters, without optimisations.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States [batch, length, hidden] of the next layer."""
+        """Map states [batch, length, hidden] of one layer to those of the next."""
         batch, length, width = states.shape
         parts = self.qkv(self.norm_attention(states)).chunk(3, dim=-1)
         query, key, value = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
@@ -37,7 +37,15 @@ class Block(nn.Module):
 
 
 class Textbook(nn.Module):
-    """The names of the parameters are those of :class:`corec.sasrec.SASRec`, so that one can load the other's."""
+    """Textbook SASRec. Its parameters have the names of those of :class:`corec.sasrec.SASRec`, so state dicts can be exchanged.
+
+    Parameters
+    ----------
+    n_items
+        Number of items; item 0 is padding.
+    params
+        Parameters of SASRec.
+    """
 
     def __init__(self, n_items: int, params: SasrecParams) -> None:
         super().__init__()
@@ -56,19 +64,33 @@ class Textbook(nn.Module):
         return self.norm(states)
 
     def loss(self, sequences: Tensor) -> Tensor:
-        """Cross-entropy of full logits at every position, padding ignored."""
+        """Mean cross-entropy of the next item at every position of `sequences` [batch, length], padding ignored."""
         logits = self(sequences[:, :-1]) @ self.items.weight.T  # [batch, length, n_items + 1]
         logits[..., 0] = -torch.inf
         return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), ignore_index=0)
 
 
 def pad_full(pieces: list[np.ndarray], length: int) -> Tensor:
-    """All sequences padded to `length`."""
+    """Pad sequences on the right with 0 and stack them [sequences, length]."""
     return torch.from_numpy(np.stack([np.pad(piece, (0, length - len(piece))) for piece in pieces]))
 
 
 def train_epoch(model: Textbook, optimizer: torch.optim.Optimizer, pieces: list[np.ndarray], rng: np.random.Generator) -> float:
-    """One pass in random order; returns the mean loss of a position."""
+    """Train for one epoch, in random order of the sequences.
+
+    Parameters
+    ----------
+    model, optimizer
+        Model and the optimiser of its parameters.
+    pieces
+        Item sequences, each of at most ``max_length + 1`` items.
+    rng
+        Generator of the order.
+
+    Returns
+    -------
+    Mean loss per position.
+    """
     model.train()
     order, size = rng.permutation(len(pieces)), model.params.batch_size
     total, count = 0.0, 0
@@ -85,12 +107,28 @@ def train_epoch(model: Textbook, optimizer: torch.optim.Optimizer, pieces: list[
 
 @torch.inference_mode()
 def ranks(model: Textbook, inputs: list[np.ndarray], targets: np.ndarray, seen: list[np.ndarray]) -> np.ndarray:
-    """Place of each target in the sorted list of all unseen items."""
+    """Rank (1 = best) of each target in the sorted list of all unseen items.
+
+    Parameters
+    ----------
+    model
+        The model.
+    inputs
+        Latest items before each target, oldest first.
+    targets
+        Target items [queries].
+    seen
+        All items that the user has seen before each target.
+
+    Returns
+    -------
+    Ranks [queries].
+    """
     model.eval()
-    found = []
-    for items, target, own in zip(inputs, targets, seen, strict=True):
+    result = []
+    for items, target, excluded in zip(inputs, targets, seen, strict=True):
         scores = model(torch.from_numpy(items)[None])[0, -1] @ model.items.weight.T
         scores[0] = -torch.inf
-        scores[torch.from_numpy(own)] = -torch.inf
-        found.append((scores.argsort(descending=True) == int(target)).nonzero().item() + 1)
-    return np.array(found)
+        scores[torch.from_numpy(excluded)] = -torch.inf
+        result.append((scores.argsort(descending=True) == int(target)).nonzero().item() + 1)
+    return np.array(result)
