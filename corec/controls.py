@@ -1,9 +1,9 @@
 """Stage 03: attributes as control values, candidate pools, requests and control scores.
 
-Everything rests on one table of numbers, ``values_of`` [items + 1, slots]: which values each item has, of any
-attribute, padded with -1. A request is a row of value numbers, padded likewise; it matches item i in constraint c_j
-where c_j is in ``values_of[i]`` (method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]). With a few slots
-an item, a catalogue with thousands of brands costs no more than one with ten.
+The table ``values_of`` [items + 1, slots] lists the values of each item, of all attributes, padded with -1. A request is a list
+of value numbers c_1 … c_n, padded with -1 too. Item i meets constraint c_j if c_j is in ``values_of[i]``. Control score of the
+method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]. The cost depends on the number of slots, a few per item, not
+on the number of values, so thousands of brands cost no more than ten.
 """
 
 import json
@@ -28,13 +28,13 @@ class Vocabulary:
     Attributes
     ----------
     attributes
-        In the scheme's order.
+        In the order of the scheme.
     labels
-        The text of each value [values]; values of one attribute lie together.
+        Text of each value [values]; the values of an attribute are consecutive.
     attribute_of
-        Number of each value's attribute [values].
+        Number of the attribute of each value [values].
     values_of
-        [items + 1, slots], numbers of the item's values, rising, then -1; row 0 (padding) has none.
+        Value numbers of each item [items + 1, slots], ascending, padded with -1; row 0 (padding) has none.
     """
 
     attributes: tuple[Attribute, ...]
@@ -43,37 +43,39 @@ class Vocabulary:
     values_of: np.ndarray
 
     def name(self, value: int) -> str:
-        """A value as a reader sees it: ``genre: Comedy``; -1 is a constraint that could not be drawn."""
+        """Readable name of a value, such as ``genre: Comedy``; -1 (a constraint that could not be drawn) is ``(nothing)``."""
         if value < 0:
             return "(nothing)"
         return f"{self.attributes[self.attribute_of[value]].name}: {self.labels[value]}"
 
     def kind(self, values: np.ndarray) -> np.ndarray:
-        """Number of each value's attribute, -1 for -1 (any shape)."""
+        """Number of the attribute of each value (any shape); -1 for -1."""
         return np.where(values >= 0, self.attribute_of[values], -1)
 
     def known(self) -> np.ndarray:
-        """Which item has any value of which attribute [items + 1, attributes]."""
+        """Whether each item has any value of each attribute [items + 1, attributes]."""
         kinds = self.kind(self.values_of)
         return np.stack([(kinds == number).any(axis=1) for number in range(len(self.attributes))], axis=1)
 
     def frequency(self) -> np.ndarray:
-        """How many items have each value [values]."""
+        """Number of items that have each value [values]."""
         return np.bincount(self.values_of[self.values_of >= 0], minlength=len(self.labels))
 
 
-def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
-    """Bucket the items' attributes by the scheme.
+def build_vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
+    """Map the attributes of all items to values, by the buckets of the scheme.
 
     Parameters
     ----------
     items
-        The items table of :mod:`corec.data`, items 1 … n in order.
+        Items table of :mod:`corec.data`, items 1 … n in order.
+    params
+        Parameters of stage 03: the scheme and the attributes under control.
 
     Raises
     ------
     CorecError
-        When the items lack a column of the scheme, or `params.attributes` names one that the scheme has not.
+        If the items lack a column of the scheme, or the scheme lacks one of `params.attributes`.
     """
     attributes = schemes.choose(params.scheme, params.attributes)
     labels: list[str] = []
@@ -87,10 +89,10 @@ def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
                 "name a scheme that fits the data in controls.scheme."
             )
         lists = attribute.values(items[attribute.column])
-        found = lists.set_axis(items["item"]).explode().dropna()
-        ordered = attribute.labels or sorted(found.unique())
-        rows.append(found.index.to_numpy())
-        values.append(len(labels) + pd.Index(ordered).get_indexer(pd.Index(found)))
+        item_labels = lists.set_axis(items["item"]).explode().dropna()
+        ordered = attribute.labels or sorted(item_labels.unique())
+        rows.append(item_labels.index.to_numpy())
+        values.append(len(labels) + pd.Index(ordered).get_indexer(pd.Index(item_labels)))
         labels += ordered
         attribute_of += [number] * len(ordered)
     pairs = np.unique(np.stack([np.concatenate(rows), np.concatenate(values)], axis=1), axis=0)  # item, value; sorted
@@ -101,35 +103,37 @@ def vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
 
 
 class Pools(NamedTuple):
-    """The candidates to be re-ranked, in a shuffled order that tells nothing.
+    """Candidates to be re-ranked, in a random order that is independent of rank and truth.
 
     All arrays but `window` and `truth` are [windows, K].
     """
 
     window: np.ndarray  # [windows]
     candidates: np.ndarray  # items
-    retriever_rank: np.ndarray  # 0 = the retriever's best; a truth that was put in has that of whom it replaced
+    retriever_rank: np.ndarray  # 0 is the retriever's best; an inserted truth has the rank of the candidate it replaced
     retriever_score: np.ndarray
-    truth: np.ndarray  # [windows] place of the true next item, -1 where it is not among the candidates
+    truth: np.ndarray  # [windows] index of the true next item among the candidates, -1 if it is not there
 
     def is_truth(self) -> np.ndarray:
-        """True where the candidate is the true next item [windows, K]."""
+        """True at the true next item [windows, K]."""
         return np.arange(self.candidates.shape[1]) == self.truth[:, None]
 
     def take(self, rows: np.ndarray) -> "Pools":
-        """Some of the windows."""
+        """Select windows."""
         return Pools(*(values[rows] for values in self))
 
 
 def make_pools(windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: int, insert_truth: bool = False) -> Pools:
-    """Take each window's K best candidates and shuffle them.
+    """Take the `k` best candidates of each window and shuffle them.
 
     Parameters
     ----------
     windows, candidates
         Tables of stages 01 and 02.
+    k, seed
+        Number of candidates K, and the seed of the shuffle.
     insert_truth
-        Put a true next item that was not retrieved in the place of the last candidate (training only).
+        Replace the last candidate by the true next item if it was not retrieved (training only).
     """
     table = windows[["window", "target"]].merge(candidates, on="window", validate="one_to_one")
     items = np.stack(list(table["candidates"]))[:, :k].copy()
@@ -147,107 +151,114 @@ def make_pools(windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: in
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One index along the last axis with probability in proportion to `weights`; -1 where all are zero."""
+    """Draw one index along the last axis with probability proportional to `weights`; -1 if all weights are zero."""
     total = weights.cumsum(axis=-1)
     point = rng.random((*weights.shape[:-1], 1)) * total[..., -1:]
     return np.where(total[..., -1] > 0, (total > point).argmax(axis=-1), -1)
 
 
-def _value_of(items: np.ndarray, attributes: np.ndarray, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
-    """For each item and attribute (same shape), one value that the item has; -1 where it has none."""
-    owned = table.values_of[items]
-    slot = _draw((table.kind(owned) == attributes[..., None]).astype(float), rng)
-    return np.where(slot >= 0, np.take_along_axis(owned, slot[..., None].clip(0), axis=-1)[..., 0], -1)
+def _value_of(items: np.ndarray, attributes: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    """Draw one value that each item has of each attribute (same shape); -1 if it has none."""
+    item_values = vocabulary.values_of[items]
+    slot = _draw((vocabulary.kind(item_values) == attributes[..., None]).astype(float), rng)
+    return np.where(slot >= 0, np.take_along_axis(item_values, slot[..., None].clip(0), axis=-1)[..., 0], -1)
 
 
-def draw_requests(pools: Pools, n: int, protocol: str, table: Vocabulary, rng: np.random.Generator) -> np.ndarray:
-    """One request of `n` constraints on `n` different attributes for every window [windows, n].
+def draw_requests(pools: Pools, n: int, protocol: str, vocabulary: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+    """Draw one request of `n` constraints on `n` different attributes for every window.
 
-    ``oracle`` (the paper's): all values are the true next item's where it is among the candidates; elsewhere
-    each is that of a candidate drawn for it alone. ``random-candidate``: all are those of one random candidate
-    that is not the true item. ``catalogue``: each is drawn by its frequency among all items.
+    ``oracle`` (the paper's): all values are those of the true next item if it is among the candidates; otherwise each value is
+    that of a random candidate, drawn separately for each attribute. ``random-candidate``: all values are those of one random
+    candidate that is not the true next item and, if possible, has `n` known attributes. ``catalogue``: each value is drawn by its
+    frequency among all items.
 
-    A constraint that cannot be drawn, for want of a known attribute, is -1: no item meets it.
+    Returns
+    -------
+    Value numbers [windows, n]; -1 if a constraint cannot be drawn because the attribute is unknown. No item meets it.
 
     Raises
     ------
     CorecError
-        When `n` is larger than the number of attributes.
+        If `n` is larger than the number of attributes.
     """
-    if n > len(table.attributes):
+    if n > len(vocabulary.attributes):
         raise CorecError(
-            f"Parameter controls.n_tokens asks for {n} constraints, but only {len(table.attributes)} attributes are "
+            f"Parameter controls.n_tokens asks for {n} constraints, but only {len(vocabulary.attributes)} attributes are "
             "under control: lower it."
         )
     n_windows, k = pools.candidates.shape
     if n == 0:
         return np.empty((n_windows, 0), dtype=int)
-    known = table.known()
-    keys = rng.random((n_windows, len(table.attributes)))
+    known = vocabulary.known()
+    keys = rng.random((n_windows, len(vocabulary.attributes)))
     rows = np.arange(n_windows)
     if protocol == "catalogue":
         attributes = keys.argsort(axis=1)[:, :n]
-        total, chosen = table.frequency().cumsum(), rng.random(attributes.shape)
-        bounds = np.searchsorted(table.attribute_of, np.arange(len(table.attributes) + 1))  # values of one lie together
+        total, chosen = vocabulary.frequency().cumsum(), rng.random(attributes.shape)
+        # The values of an attribute are consecutive: bounds of each attribute.
+        bounds = np.searchsorted(vocabulary.attribute_of, np.arange(len(vocabulary.attributes) + 1))
         before, upto = (np.concatenate([[0], total])[bounds[attributes + end]] for end in (0, 1))
         return np.where(upto > before, np.searchsorted(total, before + chosen * (upto - before), side="right"), -1)
     if protocol == "oracle":
         attributes = keys.argsort(axis=1)[:, :n]
         drawn = np.take_along_axis(pools.candidates, rng.integers(0, k, (n_windows, n)), axis=1)
         truth = pools.candidates[rows, pools.truth][:, None]
-        return _value_of(np.where(pools.truth[:, None] >= 0, truth, drawn), attributes, table, rng)
-    rich = known[pools.candidates].sum(axis=2)  # attributes known of each candidate
+        return _value_of(np.where(pools.truth[:, None] >= 0, truth, drawn), attributes, vocabulary, rng)
+    n_known = known[pools.candidates].sum(axis=2)  # known attributes of each candidate
     eligible = ~pools.is_truth()
-    enough = eligible & (rich >= np.minimum(n, (rich * eligible).max(axis=1, keepdims=True)))
+    enough = eligible & (n_known >= np.minimum(n, (n_known * eligible).max(axis=1, keepdims=True)))
     item = pools.candidates[rows, _draw(enough.astype(float), rng)]
-    attributes = (keys + ~known[item]).argsort(axis=1)[:, :n]  # those that the item has come first
-    return _value_of(item[:, None], attributes, table, rng)
+    attributes = (keys + ~known[item]).argsort(axis=1)[:, :n]  # attributes that the item has come first
+    return _value_of(item[:, None], attributes, vocabulary, rng)
 
 
 def matches(candidates: np.ndarray, requests: np.ndarray, values_of: np.ndarray) -> np.ndarray:
-    """Which candidate meets which constraint [..., K, n] (-1 in a request is met by none).
+    """Whether each candidate meets each constraint [..., K, n]; no candidate meets -1.
 
     Parameters
     ----------
-    candidates
-        Items [..., K].
-    requests
-        Value numbers [..., n].
+    candidates, requests
+        Items [..., K], and value numbers [..., n].
     values_of
-        Of the vocabulary.
+        Table of the vocabulary.
     """
-    owned = values_of[candidates]  # [..., K, slots]
-    met = (owned[..., None, :] == requests[..., None, :, None]).any(axis=-1)
+    item_values = values_of[candidates]  # [..., K, slots]
+    met = (item_values[..., None, :] == requests[..., None, :, None]).any(axis=-1)
     return met & (requests >= 0)[..., None, :]
 
 
 def control_scores(met: np.ndarray, is_truth: np.ndarray | None = None) -> np.ndarray:
-    """Control score r [..., K] of `met` [..., K, n]: constraints met, plus one for the true next item if given."""
+    """Control score r [..., K] of `met` [..., K, n]: constraints met, plus one for the true next item if `is_truth` is given."""
     scores = met.sum(axis=-1)
     return scores if is_truth is None else scores + is_truth
 
 
 def standardise(scores: np.ndarray) -> np.ndarray:
-    """Scores [..., K] with zero mean and unit variance within each pool (a constant row becomes zeros)."""
+    """Scale scores [..., K] to zero mean and unit variance within each pool; constant scores become zeros."""
     centred = scores - scores.mean(axis=-1, keepdims=True)
     return centred / np.maximum(scores.std(axis=-1, keepdims=True), 1e-9)
 
 
 class Prepared(NamedTuple):
-    """What stage 03 leaves for the others: the vocabulary, pools by split, requests by split and length."""
+    """Result of stage 03: the vocabulary, the pools by split, and the requests by split and length."""
 
-    table: Vocabulary
+    vocabulary: Vocabulary
     pools: dict[str, Pools]
     requests: dict[tuple[str, int], np.ndarray]
 
 
 def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int) -> Prepared:
-    """Pools of every split, and a request of every length in `params.n_tokens` for every window.
+    """Make the pools of every split, and for every window one request of each length in `params.n_tokens`.
 
-    Where a split has more windows than `params.max_windows` allows, a random sample of them is kept; of the training
-    windows then only those that `params.train_truth` wants.
+    A split with more windows than `params.max_windows` is sampled at random. Training windows are then filtered by
+    `params.train_truth`. `seed` sets samples, shuffles and requests.
+
+    Raises
+    ------
+    CorecError
+        If no training window is left, or the scheme or a length does not fit the items.
     """
-    table = vocabulary(items, params)
+    vocabulary = build_vocabulary(items, params)
     pools, requests = {}, {}
     for number, split in enumerate(("train", "valid", "test")):
         rows = windows[windows["split"] == split]
@@ -264,22 +275,22 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
                 )
         for n in params.n_tokens:
             rng = np.random.default_rng([seed, number, n])
-            requests[split, n] = draw_requests(pools[split], n, params.protocol, table, rng)
-    return Prepared(table, pools, requests)
+            requests[split, n] = draw_requests(pools[split], n, params.protocol, vocabulary, rng)
+    return Prepared(vocabulary, pools, requests)
 
 
 def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
-    """How well the pools can serve the requests, a row for each number of constraints.
+    """Measure how well the pools can serve the requests; one row per number of constraints.
 
-    ``matching``: mean number of candidates that meet all constraints; ``empty``: share of windows where none
-    does; ``truth_violates``: share of windows whose true next item, when retrieved, misses a constraint; ``meet_t``: mean
-    number of candidates that meet at least t of the constraints.
+    ``matching``: mean number of candidates that meet all constraints; ``empty``: share of windows without such a candidate;
+    ``truth_violates``: share of windows whose true next item, if retrieved, violates a constraint; ``meet_t``: mean number of
+    candidates that meet at least t constraints.
     """
     pools, rows = prepared.pools[split], []
     longest = max(n for _, n in prepared.requests)
     for (part, n), request in prepared.requests.items():
         if part == split and n > 0:
-            met = matches(pools.candidates, request, prepared.table.values_of)
+            met = matches(pools.candidates, request, prepared.vocabulary.values_of)
             count, all_met = met.sum(axis=2), np.all(met, axis=2)
             hit = pools.truth >= 0
             violates = ~all_met[np.flatnonzero(hit), pools.truth[hit]]
@@ -297,7 +308,7 @@ Made by notebook 3 from {windows:,} windows; K = {k} candidates, requests of {le
 | column | |
 |---|---|
 | `window`, `user`, `target`, `history` | numbers; the true next item, and the items before it, oldest first |
-| `candidates` | K items that the retriever found, in a shuffled order that tells nothing |
+| `candidates` | K items that the retriever found, in shuffled order |
 | `retriever_rank`, `retriever_score` | of each candidate; rank 0 is the retriever's best |
 | `truth` | the place of the true next item among the candidates, -1 where it is not there |
 | `requests` | for each length the numbers of the requested values (`vocabulary.json` names them; -1 is met by no item) |
@@ -308,14 +319,9 @@ Items count from 1; their titles are in `../data/items.parquet`.
 
 
 def to_dataset(prepared: Prepared, windows: pd.DataFrame) -> datasets.DatasetDict:
-    """Windows, pools, requests and control scores of all splits with typed features (columns: see :data:`CARD`).
+    """Convert windows, pools, requests and control scores of all splits to a typed data set (columns: see :data:`CARD`).
 
-    Parameters
-    ----------
-    prepared
-        Of :func:`prepare`.
-    windows
-        The windows table of stage 01.
+    `prepared` is the result of :func:`prepare`, `windows` the table of stage 01.
     """
     whole, items = datasets.Value("int64"), datasets.List(datasets.Value("int64"))
     features = datasets.Features(
@@ -331,37 +337,37 @@ def to_dataset(prepared: Prepared, windows: pd.DataFrame) -> datasets.DatasetDic
     for split, pools in prepared.pools.items():
         rows = table.loc[pools.window]
         requests = [request for (part, _), request in prepared.requests.items() if part == split]
-        met = [matches(pools.candidates, request, prepared.table.values_of) for request in requests]
+        met = [matches(pools.candidates, request, prepared.vocabulary.values_of) for request in requests]
         control = [control_scores(each, pools.is_truth()) for each in met]
         columns = {name: list(rows[name]) for name in ("user", "target", "history")}
         columns |= {name: list(values) for name, values in pools._asdict().items()}
-        columns |= {name: list(zip(*of, strict=True)) for name, of in (("requests", requests), ("control", control))}
+        columns |= {name: list(zip(*arrays, strict=True)) for name, arrays in (("requests", requests), ("control", control))}
         splits[split] = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
     return datasets.DatasetDict(splits)
 
 
 def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str = "") -> list[Path]:
-    """Write the vocabulary, and all else as a ``datasets.DatasetDict`` (see :func:`to_dataset`); returns the files."""
-    table = prepared.table
+    """Write the vocabulary, and the rest as a ``DatasetDict`` (see :func:`to_dataset`), to `folder`; returns the files."""
+    vocabulary = prepared.vocabulary
     lengths = list(dict.fromkeys(n for _, n in prepared.requests))
     described = {
-        "attributes": [attribute.model_dump() for attribute in table.attributes],
-        "labels": table.labels,
-        "attribute_of": table.attribute_of.tolist(),
-        "names": [table.name(value) for value in range(len(table.labels))],
+        "attributes": [attribute.model_dump() for attribute in vocabulary.attributes],
+        "labels": vocabulary.labels,
+        "attribute_of": vocabulary.attribute_of.tolist(),
+        "names": [vocabulary.name(value) for value in range(len(vocabulary.labels))],
         "n_tokens": lengths,
     }
     files.write_text(folder / "vocabulary.json", json.dumps(described))
-    np.save(folder / "values_of.npy", table.values_of)
-    made = to_dataset(prepared, windows)
+    np.save(folder / "values_of.npy", vocabulary.values_of)
+    dataset = to_dataset(prepared, windows)
     part, target = folder / "dataset.part", folder / "dataset"
     shutil.rmtree(part, ignore_errors=True)
     datasets.disable_progress_bars()
     try:
-        made.save_to_disk(part)
+        dataset.save_to_disk(part)
     finally:
         datasets.enable_progress_bars()
-    count, k = sum(map(len, made.values())), prepared.pools["train"].candidates.shape[1]
+    count, k = sum(map(len, dataset.values())), prepared.pools["train"].candidates.shape[1]
     card = CARD.format(windows=count, k=k, lengths=", ".join(map(str, lengths)), protocol=protocol)
     (part / "README.md").write_text(card)
     shutil.rmtree(target, ignore_errors=True)
@@ -370,19 +376,19 @@ def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str 
 
 
 def load(run: str) -> Prepared:
-    """What stage 03 of a run has left (raises CorecError when it has not finished)."""
+    """Load the result of stage 03 of a run (raises CorecError if it has not finished)."""
     stages.require(run, "controls")
     folder = paths.stage_dir(run, "controls")
     described = json.loads((folder / "vocabulary.json").read_text())
     attributes = tuple(Attribute.model_validate(entry) for entry in described["attributes"])
     attribute_of = np.array(described["attribute_of"])
-    table = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "values_of.npy"))
+    vocabulary = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "values_of.npy"))
     pools, requests = {}, {}
     for name, part in datasets.load_from_disk(folder / "dataset").items():
         split = str(name)
         pools[split] = Pools(*(np.array(part[column][:]) for column in Pools._fields))
         pools[split] = pools[split]._replace(retriever_score=pools[split].retriever_score.astype(np.float32))
-        asked = part["requests"][:]
+        request_rows = part["requests"][:]
         for place, n in enumerate(described["n_tokens"]):
-            requests[split, n] = np.array([row[place] for row in asked], dtype=int).reshape(len(asked), n)
-    return Prepared(table, pools, requests)
+            requests[split, n] = np.array([row[place] for row in request_rows], dtype=int).reshape(len(request_rows), n)
+    return Prepared(vocabulary, pools, requests)

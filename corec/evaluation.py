@@ -1,14 +1,13 @@
 """Stage 05: rankings, metrics and intervals.
 
-A *ranking* is the order in which a model puts a window's K candidates: places in the pool, best first
-[windows, K]. Metrics are means over windows within a user, then over users; intervals are percentiles of a
-bootstrap over users.
+A *ranking* [windows, K] holds, for each window, the indices of its K candidates in the pool, best first. Metrics are averaged
+over the windows of each user, then over users; intervals are percentiles of a bootstrap over users.
 
 ==============  ==========================================================================================
-``ndcg``        binary: 1 / log2(1 + rank of the true next item), 0 where it is not among the top k
-``hr``          1 where the true next item is among the top k
+``ndcg``        binary: 1 / log2(1 + rank of the true next item), 0 if it is not among the top k
+``hr``          1 if the true next item is among the top k
 ``cp``          control precision: share of the top k that meets at least tau constraints
-``cd``          control depth: rank of the first item that does, K + 1 when none does; lower is better
+``cd``          control depth: rank of the first item that does, K + 1 if none does; lower is better
 ``cp_bonus``    the paper's ``cp``: r >= tau, where r counts one more for the true next item
 ``cd_bonus``    the paper's ``cd``, likewise
 ``ndcg_graded`` the paper's nDCG: linear gain r (with the bonus), ideal = the best order of the pool
@@ -31,70 +30,82 @@ from corec.params import Params
 
 COLUMNS = "dataset protocol K n_tokens tau model seed metric k value low high n_users".split()
 MODELS = "sasrec hard-filter rule zero-shot no-token corec".split()
-ALONE = "no-token-alone corec-alone".split()  # the language model's own scores, without the retriever's (alpha = 0)
+ALONE = "no-token-alone corec-alone".split()  # scores of the language model without those of the retriever (alpha = 0)
 METRICS = "ndcg hr cp cp_bonus cd cd_bonus ndcg_graded chp csr".split()
 ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, np.inf)
 
 
 class Judged(NamedTuple):
-    """What is true of each candidate of each window, in the pool's order."""
+    """Truth and constraints met of each candidate of each window, in the order of the pool."""
 
-    truth: np.ndarray  # [windows, K] is the true next item
-    met: np.ndarray  # [windows, K, n] meets the constraint
+    truth: np.ndarray  # [windows, K] candidate is the true next item
+    met: np.ndarray  # [windows, K, n] candidate meets the constraint
 
 
 def judge(pools: Pools, requests: np.ndarray, values_of: np.ndarray) -> Judged:
-    """Judge the candidates of `pools` under `requests` [windows, n]."""
+    """Compare the candidates of `pools` with the true next items and with `requests` [windows, n]."""
     return Judged(pools.is_truth(), controls.matches(pools.candidates, requests, values_of))
 
 
 def order_by(scores: np.ndarray) -> np.ndarray:
-    """The ranking of `scores` [..., K], best first; ties keep the pool's shuffled order, which flatters nobody."""
+    """Ranking by descending `scores` [..., K]; ties keep the random order of the pool, so that they favour no model."""
     return np.argsort(-scores, axis=-1, kind="stable")
 
 
 def retriever_order(pools: Pools) -> np.ndarray:
-    """The retriever's own ranking [windows, K]."""
+    """Ranking of the retriever [windows, K]."""
     return pools.retriever_rank.argsort(axis=1)
 
 
 def rule_order(pools: Pools, met: np.ndarray) -> np.ndarray:
-    """Rule ranker: most constraints met first, ties by the retriever: the best that a pool allows for control."""
+    """Rule ranker: descending number of constraints met, ties in the retriever's order.
+
+    This is the highest control precision that the pool allows. `met` is [windows, K, n].
+    """
     k = pools.candidates.shape[1]
     return order_by(met.sum(axis=2) * k - pools.retriever_rank)
 
 
 def hard_filter_order(pools: Pools, met: np.ndarray) -> np.ndarray:
-    """Hard filter: items that meet all constraints, in the retriever's order, then back-filled with the rest."""
+    """Hard filter: the candidates that meet all constraints, then the rest, both in the retriever's order."""
     k = pools.candidates.shape[1]
     return order_by(met.all(axis=2) * k - pools.retriever_rank)
 
 
 def blend(scores: np.ndarray, pools: Pools, alpha: float) -> np.ndarray:
-    """Scores plus `alpha` times the retriever's, each standardised within its window [windows, K].
+    """Scores plus `alpha` times the retriever's scores, both standardised within each window [windows, K].
 
-    ``alpha = inf`` is the retriever's order alone.
+    ``alpha = inf`` gives the order of the retriever alone.
+
+    Parameters
+    ----------
+    scores
+        Scores of the language model [windows, K].
+    pools
+        The candidates and the retriever's scores.
+    alpha
+        Weight of the retriever.
     """
     retriever = standardise(pools.retriever_score) - 1e-6 * pools.retriever_rank
     return retriever if np.isinf(alpha) else standardise(scores) + alpha * retriever
 
 
 def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tuple[str, int, int], np.ndarray]:
-    """Every metric of every window.
+    """Compute every metric of every window.
 
     Parameters
     ----------
     order
         Ranking [windows, K].
     judged
-        Of the same windows, with n constraints.
+        The same windows, with n constraints.
     ks
-        Cut-offs; those that are not below K are left out.
+        Cut-offs; those not below K are omitted.
 
     Returns
     -------
-    (metric, k, tau) -> values [windows]. `cd` has k = 0; tau is 0 for metrics without a threshold. With no
-    constraints only ``ndcg``, ``hr`` and ``ndcg_graded`` are there.
+    Values [windows] by (metric, k, tau). k is 0 for ``cd``; tau is 0 for metrics without a threshold. Without constraints, only
+    ``ndcg``, ``hr`` and ``ndcg_graded`` are computed.
     """
     size, n = order.shape[1], judged.met.shape[2]
     truth = np.take_along_axis(judged.truth, order, axis=1)  # [windows, K], in ranked order
@@ -122,28 +133,37 @@ def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tupl
 
 
 def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -> pd.DataFrame:
-    """Weigh the retriever's score on validation windows, by graded NDCG@k.
+    """Select the weight of the retriever's score on validation windows, by graded NDCG@k.
 
-    The largest weight whose mean lies within one standard error (of the paired difference) of the best is
-    chosen: the retriever's order stands unless the model is visibly better.
+    Selected is the largest weight whose mean is within one standard error (of the paired difference) of the best mean, so the
+    retriever's order is kept unless the model is clearly better.
+
+    Parameters
+    ----------
+    scores
+        Scores of the language model [windows, K].
+    pools, judged
+        The validation windows.
+    k
+        Cut-off, at most K - 1.
 
     Returns
     -------
-    Columns ``alpha value chosen``.
+    Columns ``alpha value chosen``; one row per weight in :data:`ALPHAS`.
     """
     k = min(k, scores.shape[1] - 1)
     values = np.stack(
         [by_window(order_by(blend(scores, pools, alpha)), judged, [k])["ndcg_graded", k, 0] for alpha in ALPHAS]
     )  # [alphas, windows]
     best = values[values.mean(axis=1).argmax()]
-    short = best - values
-    error = short.std(axis=1) / np.sqrt(values.shape[1])
-    chosen = np.flatnonzero(short.mean(axis=1) <= error).max()
+    shortfall = best - values
+    error = shortfall.std(axis=1) / np.sqrt(values.shape[1])
+    chosen = np.flatnonzero(shortfall.mean(axis=1) <= error).max()
     return pd.DataFrame({"alpha": ALPHAS, "value": values.mean(axis=1), "chosen": np.arange(len(ALPHAS)) == chosen})
 
 
 def rankings(pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rankings of all models, by name; `model_scores` holds those of the language models [windows, K]."""
+    """Rankings of all models by name; `model_scores` are those of the language models [windows, K]."""
     orders = {
         "sasrec": retriever_order(pools),
         "hard-filter": hard_filter_order(pools, judged.met),
@@ -165,18 +185,18 @@ def measure(
     params: Params,
     models: Sequence[str] | None = None,
 ) -> Values:
-    """All metrics of all rankings, window by window (see :func:`by_window`).
+    """Compute all metrics of all rankings, window by window (see :func:`by_window`).
 
     Parameters
     ----------
     orders
-        n_tokens -> model -> ranking [windows, K].
+        Ranking [windows, K] by number of tokens and model.
     judged
-        n_tokens -> the windows judged under their requests.
+        The windows with their requests, by number of tokens.
     params
-        Of the run: the cut-offs.
+        Parameters of the run; its cut-offs are used.
     models
-        These alone of the models.
+        Restrict the models to these.
     """
     keys, columns = [], []
     for n, rankings_of in orders.items():
@@ -189,12 +209,23 @@ def measure(
 
 
 def per_window(measured: Values, pools: Pools, interactions: pd.DataFrame, windows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Every metric of every window, so that a user can be followed from the raw file to a point in a figure.
+    """Tabulate every metric of every window, so that a user can be traced from the raw file to a point of a figure.
+
+    Parameters
+    ----------
+    measured
+        Result of :func:`measure`.
+    pools
+        The candidates of the windows.
+    interactions, windows
+        Tables of stage 01.
+    seed
+        Seed of the run.
 
     Returns
     -------
-    Columns ``user user_id window model n_tokens seed metric k tau value``; `k` is empty for ``cd``, `tau` for metrics without
-    a threshold.
+    Columns ``user user_id window model n_tokens seed metric k tau value``; `k` is empty for ``cd``, `tau` for metrics without a
+    threshold.
     """
     users = windows.set_index("window").loc[pools.window, "user"].to_numpy()
     ids = interactions.drop_duplicates("user").set_index("user")["user_id"]
@@ -212,20 +243,21 @@ def per_window(measured: Values, pools: Pools, interactions: pd.DataFrame, windo
 
 
 def tidy(measured: Values, users: np.ndarray, params: Params) -> pd.DataFrame:
-    """The results as one table with the columns of `COLUMNS`.
+    """Average the metrics over users; returns the results table.
 
     Parameters
     ----------
     measured
-        Of :func:`measure`.
+        Result of :func:`measure`.
     users
-        User of each window.
+        User of each window [windows].
     params
-        Of the run.
+        Parameters of the run.
 
     Returns
     -------
-    One row for each n_tokens, model, metric, k and tau; `k` is empty for ``cd``, `tau` for metrics without one.
+    Columns of :data:`COLUMNS`, one row per number of tokens, model, metric, k and tau. `k` is empty for ``cd``, `tau` for metrics
+    without a threshold.
     """
     values = by_user(measured.values, users)
     low, high = intervals(values, params.evaluation, params.seed)
@@ -247,7 +279,7 @@ def tidy(measured: Values, users: np.ndarray, params: Params) -> pd.DataFrame:
 
 
 def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-    """Rows of a results table by column values, e.g. ``pick(table, metric="cp", k=5)``."""
+    """Select rows of a table by column values, e.g. ``pick(table, metric="cp", k=5)``; a list matches any of its values."""
     keep = pd.Series(True, index=table.index)
     for name, value in wanted.items():
         keep &= table[name].isin(value if isinstance(value, list) else [value])
@@ -255,20 +287,20 @@ def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 
 def error_bars(rows: pd.DataFrame) -> list[pd.Series]:
-    """Lengths of the error bars below and above each value, as matplotlib wants them.
+    """Lengths of the error bars below and above each value, in the format of matplotlib.
 
-    Never negative: the percentile interval of a very skewed sample may leave its mean out.
+    Negative lengths are set to 0: the percentile interval of a very skewed sample may exclude its mean.
     """
     return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
 
 
 def load_scores(run: str) -> dict[tuple[str, str], np.ndarray]:
-    """Scores [windows, R, K] of a run by model and split, requests in the order of ``controls.n_tokens``.
+    """Scores [windows, R, K] of a run by model and split, with the R requests in the order of ``controls.n_tokens``.
 
     Raises
     ------
     CorecError
-        When stage 04 has not finished.
+        If stage 04 has not finished.
     """
     stages.require(run, "reranker")
     table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
@@ -281,18 +313,24 @@ def load_scores(run: str) -> dict[tuple[str, str], np.ndarray]:
 
 
 def load(run: str) -> pd.DataFrame:
-    """The results table of a run (raises CorecError when stage 05 has not finished)."""
+    """Load the results table of a run.
+
+    Raises
+    ------
+    CorecError
+        If stage 05 has not finished.
+    """
     stages.require(run, "evaluation")
     return read(paths.stage_dir(run, "evaluation") / "metrics.csv")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """A results table from its CSV file.
+    """Read a results table from a CSV file.
 
     Raises
     ------
     CorecError
-        When the file lacks one of `COLUMNS`.
+        If the file lacks one of :data:`COLUMNS`.
     """
     table = pd.read_csv(path, dtype={"tau": "Int64", "k": "Int64"})
     missing = [name for name in COLUMNS if name not in table]

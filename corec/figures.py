@@ -1,4 +1,4 @@
-"""Stage 06: Figures 6, 7 and 8 from the results table, and from nothing else."""
+"""Stage 06: Figures 6, 7 and 8 and the results page, made from the results table only."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ NAMES = {"ndcg": "NDCG", "cp": "CP"}
 
 
 def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
-    """One line a model over `x`, with its interval."""
+    """Draw one line per model over `x`, with intervals as error bars; the models are shifted so that bars do not overlap."""
     for number, (model, rows) in enumerate(table.groupby("model", sort=False)):
         rows = rows.sort_values(x)
         errors = evaluation.error_bars(rows)
@@ -31,18 +31,18 @@ def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
 
 
 def legend(figure: Figure) -> None:
-    """One legend for all axes, beside them."""
+    """Add one legend for all axes on the right."""
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows sorted by the models' customary order."""
+    """Sort rows by metric, number of tokens, and the order of :data:`corec.evaluation.MODELS`."""
     place = table["model"].map(evaluation.MODELS.index)
     return table.assign(place=place).sort_values(["metric", "n_tokens", "place"], kind="stable").drop(columns="place")
 
 
 def figure6_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    """Rows of Figure 6: CP@k at the strictest threshold, and NDCG@k, by number of control tokens."""
+    """Rows of Figure 6: CP@k at the strictest threshold (tau = n) and NDCG@k, by number of control tokens."""
     asked = table[table["n_tokens"] > 0]
     strict = evaluation.pick(asked[asked["tau"] == asked["n_tokens"]], metric="cp", k=k)
     return in_order(evaluation.pick(pd.concat([strict, evaluation.pick(asked, metric="ndcg", k=k)]), model=evaluation.MODELS))
@@ -59,7 +59,7 @@ def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
 
 
 def figure6(table: pd.DataFrame, k: int) -> Figure:
-    """Control precision and NDCG by number of control tokens, from :func:`figure6_table`."""
+    """Plot control precision and NDCG by number of control tokens, from :func:`figure6_table`."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         draw(axis, evaluation.pick(table, metric=metric), "n_tokens")
@@ -69,7 +69,7 @@ def figure6(table: pd.DataFrame, k: int) -> Figure:
 
 
 def figure7(table: pd.DataFrame, k: int) -> Figure:
-    """Control precision by threshold, from :func:`figure7_table`."""
+    """Plot control precision by threshold, from :func:`figure7_table`."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     draw(axis, table, "tau")
     axis.set(xlabel=f"threshold τ (of {table['n_tokens'].max()} control tokens)", ylabel=f"CP@{k}")
@@ -78,7 +78,7 @@ def figure7(table: pd.DataFrame, k: int) -> Figure:
 
 
 def figure8(table: pd.DataFrame, k: int) -> Figure:
-    """Bars of control precision and NDCG for SASRec, hard filter and COREC, from :func:`figure8_table`."""
+    """Plot control precision and NDCG of SASRec, hard filter and COREC as bars, from :func:`figure8_table`."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         rows = evaluation.pick(table, metric=metric)
@@ -94,12 +94,21 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
 
 
 def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
-    """Draw Figures 6 to 8, each with the CSV behind it; returns the files.
+    """Draw Figures 6 to 8, each with a CSV file of its data; returns the files.
+
+    Parameters
+    ----------
+    table
+        Results table, with the columns of :data:`corec.evaluation.COLUMNS`.
+    k
+        Cut-off of the metrics.
+    folder
+        Folder of the files; created if missing.
 
     Raises
     ------
     CorecError
-        When the table has no requests with control tokens, or no metrics at `k`.
+        If the table has no requests with control tokens, or no metrics at `k`.
     """
     if figure6_table(table, k).empty:
         known = sorted(int(value) for value in table["k"].dropna().unique())
@@ -137,24 +146,26 @@ MODEL_NAMES = {
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Lines of a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Mapping[str, Any] | None = None) -> str:
-    """A results table in words and tables (Markdown): summary, CP, NDCG, and signs of failure.
+    """Render a results table as a Markdown page: summary, CP, NDCG, shares of the best possible CP, other measurements.
 
-    It holds no times and no machine (those are in the manifest), so that equal results give an equal page.
+    The page holds no times and no machine (they are in the manifest), so equal results give an equal page.
 
     Parameters
     ----------
     table
-        With the columns of :data:`corec.evaluation.COLUMNS`.
+        Results table, with the columns of :data:`corec.evaluation.COLUMNS`.
     k
-        The cut-off that is shown.
-    introduction, facts
-        What was run, and what else was measured.
+        Cut-off of the metrics.
+    introduction
+        Paragraph that describes the run.
+    facts
+        Other measurements, by name.
     """
     order = [model for model in (*evaluation.MODELS, *evaluation.ALONE) if model in set(table["model"])]
     run = table.iloc[0]
@@ -192,7 +203,7 @@ def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Map
         shares = [f"{value[model, n] / value['rule', n]:.1%} with {n}" for n in lengths]
         lines += [f"- `{model}` reaches of its CP@{k}: {', '.join(shares)} control tokens."] if shares else []
     if facts:
-        lines += ["", "## What else was measured", ""]
+        lines += ["", "## Other measurements", ""]
     for name, fact in (facts or {}).items():
         text = ", ".join(f"{key}: {value}" for key, value in fact.items()) if isinstance(fact, dict) else fact
         lines.append(f"- {name}: {text}")
@@ -200,19 +211,29 @@ def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Map
 
 
 def introduction(params: Params) -> str:
-    """What was run, in one paragraph."""
-    given = params.reranker
+    """Paragraph that describes the run."""
+    reranker = params.reranker
     return (
-        f"Run `{params.run}`: data set {params.data.dataset}, split `{params.data.protocol}`, control values "
+        f"Run `{params.run}`: data set {params.data.dataset}, split `{params.data.split}`, control values "
         f"`{params.controls.protocol}`, K = {params.controls.k} candidates of SASRec, seed {params.seed}. Backbone "
-        f"{given.backbone}, read-out `{given.readout}` ({given.pooling}), request {given.request_position} the candidates, "
-        f"values as {given.values}. "
+        f"{reranker.backbone}, read-out `{reranker.readout}` ({reranker.pooling}), request {reranker.request_position} the "
+        f"candidates, values as {reranker.values}. "
         f"Intervals: {params.evaluation.confidence:.0%}, bootstrap over users."
     )
 
 
 def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> list[Path]:
-    """Write everything that stage 06 makes into ``figures/<run>/``; returns the files, the manifest last."""
+    """Write all outputs of stage 06 to ``figures/<run>/``; returns the files, the manifest last.
+
+    Parameters
+    ----------
+    table
+        Results table, with the columns of :data:`corec.evaluation.COLUMNS`.
+    params
+        Parameters of the run.
+    facts
+        Other measurements for the results page, by name.
+    """
     folder = paths.figures_dir(params.run)
     record = stages.manifest(params, stages.ancestors("figures"))
     (folder / "manifest.json").unlink(missing_ok=True)

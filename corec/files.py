@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and digests."""
+"""Atomic writes, and digests of files and values."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: a reader never sees half of it."""
+    """Write a file atomically: readers see the old file or the whole new one. Creates the folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -20,11 +20,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:
-    """A short digest of anything that JSON can hold."""
+    """Short digest of a value that JSON can represent: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

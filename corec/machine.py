@@ -1,6 +1,6 @@
-"""The machine: its device, number format, processor and memory.
+"""The machine: device, number format, processor, memory, and timing.
 
-torch is imported by the functions that need it: stages 01, 05 and 06 run without.
+torch is imported inside the functions that need it, because stages 01, 05 and 06 run without it.
 """
 
 import functools
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def device() -> str:
-    """The device of the models: ``cuda`` where there is a GPU, else ``cpu``."""
+    """Device of the models: ``cuda`` if there is a GPU, else ``cpu``."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def processor() -> str:
-    """The processor's name, its number of cores, and which of its instructions multiply bfloat16."""
+    """Name of the processor, number of its cores, and its instructions for multiplying bfloat16."""
     info = Path("/proc/cpuinfo")
     facts = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
     values = {name.strip(): value.strip() for name, value in facts.items()}
@@ -38,16 +38,16 @@ def processor() -> str:
 
 
 def name() -> str:
-    """The GPU's name; without a GPU, the :func:`processor`'s."""
+    """Name of the GPU, or of the processor if there is none (see :func:`processor`)."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def peak_memory_mb() -> int:
-    """Highest resident memory of this process so far, in MB (10^6 bytes).
+    """Peak resident memory of this process, in MB (10^6 bytes).
 
-    Linux counts it for this program alone in /proc; getrusage there also counts what its parent had when it began.
+    On Linux it is read from /proc: there, getrusage also counts the memory of the parent process at the start of this one.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -58,10 +58,10 @@ def peak_memory_mb() -> int:
 
 @functools.cache
 def resolve_dtype(name: str) -> "torch.dtype":
-    """The number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
+    """Number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
 
-    A GPU takes bfloat16 where it supports it. Among CPUs, those with bfloat16 instructions multiply it several times faster than
-    float32, and those without several times slower, so one small product of each is timed, once a process.
+    On a GPU, ``auto`` is bfloat16 if the GPU supports it. CPUs with bfloat16 instructions multiply it several times faster than
+    float32, and CPUs without them several times slower, so a small product in each format is timed, once per process.
     """
     import torch
 
@@ -77,14 +77,14 @@ def resolve_dtype(name: str) -> "torch.dtype":
 
 
 def now() -> float:
-    """The clock (s), once a GPU, where there is one, has done all that it was given."""
+    """Current time (s) after all work queued on the GPU, if there is one, has finished."""
     from torch.utils.benchmark import timer
 
     return timer()
 
 
 def seconds(work: Callable[[], object], least: float = 3.0) -> float:
-    """Fastest of several runs (s), as many as `least` seconds hold, on as many threads as torch is set to."""
+    """Time (s) per call of `work`: the fastest repetition within `least` seconds, with torch's current number of threads."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -93,23 +93,30 @@ def seconds(work: Callable[[], object], least: float = 3.0) -> float:
 
 
 def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float]:
-    """Median and 95th percentile (s) of `times` calls, after one that warms up; each call gets its number."""
+    """Median and 95th percentile (s) of `times` calls of `work`, after one warm-up call; each call gets its number."""
     return interleaved([work], times)[0]
 
 
 def interleaved(works: Sequence[Callable[[int], object]], times: int) -> list[tuple[float, float]]:
-    """:func:`percentiles` of several kinds of work.
+    """Median and 95th percentile (s) of several functions, timed in turn.
 
-    Each is warmed up; then the kinds take turns, in another order each time, so that what the machine does meanwhile, and what
-    one kind leaves in its caches, falls on all alike.
+    Each function is called once to warm up. Then, in each of `times` rounds, every function is called once in a random order, so
+    that other load on the machine and the state of its caches affect all alike.
+
+    Parameters
+    ----------
+    works
+        Functions of the number of the call.
+    times
+        Calls of each function.
     """
     for work in works:
         work(0)
     rng = random.Random(0)
-    taken: list[list[float]] = [[] for _ in works]
+    durations: list[list[float]] = [[] for _ in works]
     for number in range(times):
         for place in rng.sample(range(len(works)), len(works)):
             start = now()
             works[place](number)
-            taken[place].append(now() - start)
-    return [(statistics.median(each), statistics.quantiles(each, n=20, method="inclusive")[-1]) for each in taken]
+            durations[place].append(now() - start)
+    return [(statistics.median(each), statistics.quantiles(each, n=20, method="inclusive")[-1]) for each in durations]

@@ -175,7 +175,7 @@ def page(folder: Path) -> str | None:
         table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
         introduction = old.split("\n## ")[0].partition("\n\n")[2].strip()
         new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction)
-        return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("What else"))
+        return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("Other measurements"))
     sections = [section for name, make in KINDS.items() if (folder / name).exists() for section in make(folder)]
     if not sections:
         return None

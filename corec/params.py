@@ -1,7 +1,7 @@
-"""The parameters of a run: one frozen model for each stage, with defaults and cross-checks.
+"""Parameters of a run: one frozen model per stage, with defaults and cross-checks.
 
-Unknown names are refused with the nearest right one, so that a misspelt parameter never passes unnoticed. How a run's file
-and a notebook's cells become :class:`Params` is in :mod:`corec.profiles`.
+Unknown names are errors that give the nearest known name. :mod:`corec.profiles` reads :class:`Params` from a file or from the
+cells of a notebook.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from corec import CorecError
 
 
 class Model(BaseModel):
-    """Base of all parameters: frozen, and strict about names."""
+    """Base class of all parameters: frozen, and unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,11 +23,18 @@ class Model(BaseModel):
     def checked(cls, values: Mapping[str, Any], origin: str = "parameters") -> Self:
         """Build the model from `values`.
 
+        Parameters
+        ----------
+        values
+            Values by name.
+        origin
+            Start of the error message.
+
         Raises
         ------
         CorecError
-            One sentence for the first fault: a misspelt name with the nearest right one, a value out of range, or values that do
-            not go together. It begins with `origin`.
+            For the first fault: an unknown name (with the nearest known one), a value out of range, or values that do not go
+            together.
         """
         try:
             return cls.model_validate(values)
@@ -35,13 +42,13 @@ class Model(BaseModel):
             raise CorecError(f"{origin}: {first_fault(cls, error)}") from None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with other values. Unlike pydantic's, it runs all checks (raises CorecError)."""
+        """Copy with other values. Unlike pydantic's method, it runs all checks (raises CorecError)."""
         values = {name: getattr(self, name) for name in type(self).model_fields} | dict(update or {})
         return self.checked(values)
 
 
 def first_fault(model: type[BaseModel], error: ValidationError) -> str:
-    """What is wrong with the first faulty value of a `model`, as a sentence that names the parameter."""
+    """Describe the first faulty value of a `model` as a sentence that names the parameter."""
     fault = error.errors()[0]
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
@@ -57,28 +64,28 @@ def first_fault(model: type[BaseModel], error: ValidationError) -> str:
 
 
 class DataParams(Model):
-    """Stage 01: which interactions, and how they are split."""
+    """Stage 01: source of the interactions, cleaning and split."""
 
     source: str = "ml-100k"  # a name in corec.data.SOURCES
-    path: str | None = None  # a folder with the source's files, instead of the download; relative to the project's folder
-    category: str | None = None  # amazon-2018: as in the files' names, e.g. Electronics
-    reviews: Literal["full", "5-core"] = "full"  # amazon-2018: all reviews, or those of the 5-core
-    url: str = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # amazon-2018: where the files are
-    sha256: dict[str, str] = {}  # name of a downloaded file -> what its digest must be
-    required: list[str] = []  # an item must have all of these, else it and its interactions are left out
-    brand: Literal["as_is", "normalised"] = "as_is"  # normalised: without case, `by` and names for `unknown`
-    tagger: str | None = None  # a backbone that tags, zero-shot, the items that have no category
-    tags: list[str] = []  # what it may say; when empty, the 20 most frequent categories of the others
-    protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
-    window: int = Field(6, ge=2)  # history items shown to the re-ranker (training with `paper`: one fewer)
-    core: int = Field(5, ge=1)  # leave-one-out: every user and item keeps at least so many interactions
-    min_interactions: int = Field(30, ge=3)  # paper: users with fewer are dropped
-    max_users: int = Field(3000, ge=1)  # paper: the users with the most interactions
-    latest: int = Field(50, ge=3)  # paper: each user's latest interactions
+    path: str | None = None  # folder of the source's files, else they are downloaded; relative to the project's folder
+    category: str | None = None  # amazon-2018: name of the category in the file names, e.g. Electronics
+    reviews: Literal["full", "5-core"] = "full"  # amazon-2018: all reviews, or the 5-core
+    url: str = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # amazon-2018: address of the files
+    sha256: dict[str, str] = {}  # expected digest of each downloaded file, by file name
+    required: list[str] = []  # columns; items without all of these, and their interactions, are dropped
+    brand: Literal["as_is", "normalised"] = "as_is"  # normalised: case and a leading `by` removed, `unknown` and the like missing
+    tagger: str | None = None  # backbone for zero-shot tags of the items without a category
+    tags: list[str] = []  # tags that it chooses from; empty: the 20 most frequent categories of the other items
+    split: Literal["paper", "leave-one-out"] = "leave-one-out"
+    window: int = Field(6, ge=2)  # history items per window (in training with `paper`, one fewer)
+    core: int = Field(5, ge=1)  # leave-one-out: smallest number of interactions of a user and of an item
+    min_interactions: int = Field(30, ge=3)  # paper: smallest number of interactions of a user
+    max_users: int = Field(3000, ge=1)  # paper: number of users, those with the most interactions
+    latest: int = Field(50, ge=3)  # paper: latest interactions that are kept of each user
 
     @property
     def dataset(self) -> str:
-        """What results call the data set."""
+        """Name of the data set in results."""
         if self.source == "files" and self.path:
             return Path(self.path).name
         return f"{self.source}/{self.category}" if self.category else self.source
@@ -92,7 +99,7 @@ class DataParams(Model):
         return self
 
 
-# By stage: parameters that change memory and speed of a stage, but not its result.
+# Parameters of each stage that change its memory and speed, but not its result.
 WITHOUT_EFFECT = {"reranker": {"micro_batch", "eval_batch_size", "gradient_checkpointing", "checkpoint_steps"}}
 
 
@@ -103,21 +110,21 @@ class SasrecParams(Model):
     layers: int = Field(2, ge=1)
     heads: int = Field(2, ge=1)
     dropout: float = Field(0.3, ge=0, lt=1)
-    max_length: int = Field(100, ge=2)  # latest interactions that the model sees
-    # Full softmax; softmax against sampled items; gSASRec's generalised binary cross-entropy; the original, one negative.
+    max_length: int = Field(100, ge=2)  # latest interactions in the input
+    # Full softmax; sampled softmax; gSASRec's generalised binary cross-entropy; the original binary cross-entropy, one negative.
     loss: Literal["ce", "sampled", "gbce", "bce"] = "ce"
-    negatives: int = Field(256, ge=1)  # sampled, gbce: items drawn for each sequence
-    gbce_t: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy, 1 calibrated as the full softmax
+    negatives: int = Field(256, ge=1)  # sampled, gbce: negatives per sequence
+    gbce_t: float = Field(0.75, ge=0, le=1)  # gbce: 0 is binary cross-entropy, 1 is calibrated like the full softmax
     lr: float = Field(1e-3, gt=0)
-    beta2: float = Field(0.999, gt=0, lt=1)  # of AdamW; the original takes 0.98
+    beta2: float = Field(0.999, gt=0, lt=1)  # of AdamW; the original uses 0.98
     batch_size: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
-    patience: int = Field(10, ge=1)  # epochs without a better validation NDCG@10 before it stops
-    decay: bool = False  # the learning rate falls linearly to 0 over `epochs` (and warms up within the first)
-    # Batches of like length, softmax in blocks, dropout from bytes: several times faster, with other random numbers.
+    patience: int = Field(10, ge=1)  # epochs without a better validation NDCG@10 before training stops
+    decay: bool = False  # linear decay of the learning rate to 0 over `epochs`, with warm-up in the first
+    # Batches of similar length, softmax in blocks, dropout from bytes: several times faster, with other random numbers.
     fast: bool = False
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # fast, ce: of the products with the item table
-    top_k: int = Field(50, ge=1)  # candidates written for every window
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # fast, ce: number format of the products with the item table
+    top_k: int = Field(50, ge=1)  # candidates per window
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -129,7 +136,7 @@ class SasrecParams(Model):
 
 
 class MaxWindows(Model):
-    """Windows of each split that are re-ranked at the most; a random sample where there are more."""
+    """Largest number of windows of each split that are re-ranked; larger splits are sampled at random."""
 
     train: int = Field(20000, ge=1)
     valid: int = Field(200, ge=1)
@@ -140,12 +147,12 @@ class ControlsParams(Model):
     """Stage 03: attributes, candidates and requests."""
 
     scheme: str = "movielens"  # corec/schemes/<name>.yaml, or a YAML file; relative to the project's folder
-    attributes: list[str] | None = None  # those under control; all of the scheme when empty
+    attributes: list[str] | None = None  # attributes under control; empty: all of the scheme
     protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
-    k: int = Field(20, ge=2, le=50)  # candidates that are re-ranked
-    n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # constraints per request that are trained and evaluated
-    # Training windows: keep all; keep those whose true next item was retrieved; or put a missing one in for the
-    # last candidate (which teaches that unlikely items are the true ones).
+    k: int = Field(20, ge=2, le=50)  # candidates per window that are re-ranked
+    n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # numbers of constraints per request, in training and evaluation
+    # Training windows: all; those whose true next item was retrieved; or all, with a missing true item in place of the
+    # last candidate (from which the model learns that unlikely items are true).
     train_truth: Literal["any", "retrieved", "inserted"] = "retrieved"
     max_windows: MaxWindows = MaxWindows()
 
@@ -163,14 +170,14 @@ class RerankerParams(Model):
     """Stage 04: the language model and its training."""
 
     backbone: str = "smollm2-135m"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster on this machine
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster one on this machine
     readout: Literal["index", "candidate", "late"] = "late"
-    pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the line's last token, or of all its tokens
-    layers: Literal["last", "mix"] = "mix"  # candidate, late: states of the last layer, or a learned mix of all
+    pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the last token of the line, or mean over its tokens
+    layers: Literal["last", "mix"] = "mix"  # candidate, late: states of the last layer, or a learned mix of all layers
     head_width: int = Field(64, ge=1)  # late: width of the two projections P and Q
     request_position: Literal["before", "after"] = "after"
-    values: Literal["token", "words"] = "token"  # an attribute value is one new token, or plain words
-    title_tokens: int = Field(12, ge=1)  # longer titles are cut
+    values: Literal["token", "words"] = "token"  # attribute values as one new token each, or as words
+    title_tokens: int = Field(12, ge=1)  # tokens of a title; longer titles are cut
     lora_r: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -178,17 +185,17 @@ class RerankerParams(Model):
     lr_head: float = Field(1e-3, gt=0)  # read-out head
     lr_rows: float = Field(1e-2, gt=0)  # embedding rows of the new tokens
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
-    steps: int = Field(100, ge=1)  # optimiser steps on the whole prompt
-    curriculum_steps: int = Field(60, ge=0)  # before them: attributes only, no history, short requests first
-    max_minutes: float = Field(30, gt=0)  # training ends here at the latest, its schedule cut to fit
-    batch_size: int = Field(4, ge=1)  # windows a step
-    micro_batch: int = Field(2, ge=1)  # of them in memory at once; the gradient is that of the whole batch
+    steps: int = Field(100, ge=1)  # optimiser steps on the full prompt
+    curriculum_steps: int = Field(60, ge=0)  # steps before these: attributes only, no history, short requests first
+    max_minutes: float = Field(30, gt=0)  # time limit of training; the schedule is shortened to fit
+    batch_size: int = Field(4, ge=1)  # windows per step
+    micro_batch: int = Field(2, ge=1)  # windows in memory at a time; the gradient is that of the whole batch
     requests_per_window: int = Field(16, ge=1)
-    truth_bonus: bool = True  # the true next item earns one point in the control score
+    truth_bonus: bool = True  # the control score of the true next item is one higher
     gradient_checkpointing: bool = False
     checkpoint_steps: int = Field(20, ge=1)
     eval_batch_size: int = Field(8, ge=1)
-    zero_shot: bool = True  # also score with the bare backbone, for comparison
+    zero_shot: bool = True  # also score with the untrained backbone, for comparison
 
     @model_validator(mode="after")
     def _readout_fits_the_order(self) -> Self:
@@ -208,24 +215,24 @@ class RerankerParams(Model):
 class EvaluationParams(Model):
     """Stage 05: metrics."""
 
-    ks: list[PositiveInt] = [1, 3, 5, 10]  # cut-offs of the metrics
-    bootstrap: int = Field(1000, ge=10)  # resamples of the users
+    ks: list[PositiveInt] = [1, 3, 5, 10]  # cut-offs k of the metrics
+    bootstrap: int = Field(1000, ge=10)  # resamples of users
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
 class FiguresParams(Model):
-    """Stage 06: the cut-off at which the figures are drawn."""
+    """Stage 06: cut-off k of the figures."""
 
     k: int = Field(5, ge=1)
 
 
 class EfficiencyParams(Model):
-    """Stage 09: what is timed."""
+    """Stage 09: timings."""
 
-    candidates: list[PositiveInt] = Field([10, 20, 50], min_length=1)  # K: candidates re-ranked
-    repeats: int = Field(20, ge=2)  # calls of each, for the percentiles
-    users: int = Field(16, ge=1)  # test users of the throughput
-    usd_per_hour: float = Field(0.10, gt=0)  # what an hour of the machine costs: state yours
+    candidates: list[PositiveInt] = Field([10, 20, 50], min_length=1)  # numbers of candidates K
+    repeats: int = Field(20, ge=2)  # calls per measurement, for the percentiles
+    users: int = Field(16, ge=1)  # test users for the throughput
+    usd_per_hour: float = Field(0.10, gt=0)  # price of one hour of the machine; set your own
 
     @model_validator(mode="after")
     def _few_enough_candidates(self) -> Self:
@@ -236,18 +243,18 @@ class EfficiencyParams(Model):
         return self
 
 
-Order = Literal["index, before", "candidate, before", "index, after", "late, after"]  # read-out and place of the request
+Order = Literal["index, before", "candidate, before", "index, after", "late, after"]  # read-out, and position of the request
 
 
 class StudyParams(Model):
-    """Stages 07 and 08: what is trained side by side. Each study writes into its own run's folder."""
+    """Stages 07 and 08: comparisons. Each study writes to the folder of its own run."""
 
-    seeds: int = Field(3, ge=1)  # trainings that differ in nothing but the seed: the run's `seed` and the next ones
-    loss_seconds: float = Field(60, ge=0)  # 07: training of each loss at each of three rates; 0 leaves this comparison out
-    readout_steps: int = Field(40, ge=0)  # 08: steps of each read-out on the plain prompt; 0 leaves this comparison out
-    order_minutes: float = Field(4, ge=0)  # 08: training of each order of the prompt; 0 leaves this comparison out
-    orders: list[Order] = []  # 08: these alone of the orders
-    rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: the learning rates times these, the best on validation kept
+    seeds: int = Field(3, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
+    loss_seconds: float = Field(60, ge=0)  # 07: training time of each loss at each of three rates; 0 omits this comparison
+    readout_steps: int = Field(40, ge=0)  # 08: steps of each read-out on the plain prompt; 0 omits this comparison
+    order_minutes: float = Field(4, ge=0)  # 08: training time of each order of the prompt; 0 omits this comparison
+    orders: list[Order] = []  # 08: restrict the orders to these
+    rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
 
 
 Stage = Literal[
@@ -256,11 +263,11 @@ Stage = Literal[
 
 
 class Params(Model):
-    """All of a run."""
+    """All parameters of a run."""
 
     run: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
-    # What `python -m corec.reproduce` runs, in the order of the notebooks.
+    # Stages that `python -m corec.reproduce` runs, in the order of the notebooks.
     stages: list[Stage] = ["data", "sasrec", "controls", "reranker", "evaluation", "figures"]
     data: DataParams = DataParams()
     sasrec: SasrecParams = SasrecParams()

@@ -1,7 +1,8 @@
-"""Where a run's parameters come from: a YAML profile, changes to it, and the cells of a notebook; and what can be checked early.
+"""Parameters of a run from a YAML profile, changes to it, and the cells of a notebook, with checks before the first stage.
 
-A profile may name another one with ``base: other.yaml`` (relative to the file itself) and list only what differs. Given values
-win over ``changes``, which win over the profile, which wins over its base; a partial section keeps the rest of the section.
+A profile may name another one with ``base: other.yaml`` (relative to the file itself) and list only what differs. Values given
+directly override ``changes``, which override the profile, which overrides its base. A partial section keeps the rest of the
+section.
 """
 
 import ast
@@ -15,12 +16,12 @@ import yaml
 from corec import CorecError, paths, schemes
 from corec.params import Params
 
-CELL = ("profile", "changes")  # the names of the notebooks' parameters cell
-BACKBONES = ("smollm2-135m", "tiny")  # names that corec.backbones knows by itself
+CELL = ("profile", "changes")  # names in the parameters cell of the notebooks
+BACKBONES = ("smollm2-135m", "tiny")  # names defined in corec.backbones
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section: a mapping changes what it names and keeps the rest."""
+    """Merge `changes` into `base`, section by section; returns a new mapping."""
     merged = dict(base)
     for name, value in changes.items():
         old = merged.get(name)
@@ -29,18 +30,25 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def find(profile: str | Path) -> Path:
-    """The file of a profile: an absolute path, or one relative to the project's folder, or else to the working directory."""
+    """Return the path of a profile: absolute, or relative to the project's folder, or else to the working directory."""
     path = paths.from_root(profile)
     return path if path.exists() or not Path(profile).exists() else Path(profile).resolve()
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file, merged into those of its base.
+    """Read the values of a YAML file, merged into those of its base.
+
+    Parameters
+    ----------
+    path
+        The file.
+    seen
+        Files that lead to this one through ``base``.
 
     Raises
     ------
     CorecError
-        When the file cannot be read, is not YAML of ``name: value`` lines, or is its own base.
+        If the file cannot be read, does not hold ``name: value`` lines, or is its own base.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -63,12 +71,12 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Params:
-    """The parameters of a YAML file, with `changes`.
+    """Load the parameters of a YAML file, with `changes`.
 
     Raises
     ------
     CorecError
-        As :func:`read` and :meth:`corec.params.Model.checked` do, and for what :func:`check` finds.
+        See :func:`read`, :meth:`corec.params.Model.checked` and :func:`check`.
     """
     params = Params.checked(merge(read(find(path)), changes or {}), str(path))
     check(params, str(path))
@@ -76,55 +84,73 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Params:
 
 
 def injected(cells: list[str]) -> dict[str, Any]:
-    """The values of the last cell that papermill injected (it begins with ``# Parameters``), from executed cells' sources."""
+    """Return the values of the last cell that papermill injected (it begins with ``# Parameters``).
+
+    Parameters
+    ----------
+    cells
+        Source of the executed cells.
+    """
     for source in reversed(cells):
         if source.startswith("# Parameters\n"):
-            found = {}
+            values = {}
             for node in ast.parse(source).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    found[node.targets[0].id] = ast.literal_eval(node.value)
-            return found
+                    values[node.targets[0].id] = ast.literal_eval(node.value)
+            return values
     return {}
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Params:
-    """The parameters of a notebook, from its ``globals()``.
+    """Return the parameters of a notebook.
 
-    Two names of the tagged cell are read, ``profile`` and ``changes``, and the cell that papermill injects, which may set these
-    or any parameter of a run. No other variable is looked at, so a notebook can be run again in the same kernel.
+    They come from the variables ``profile`` and ``changes`` of the tagged cell, and from the cell that papermill injects, which
+    may set these or any parameter of a run. Other variables are not used, so a notebook can be run again in the same kernel.
+
+    Parameters
+    ----------
+    namespace
+        ``globals()`` of the notebook.
 
     Raises
     ------
     CorecError
-        For a profile that cannot be read, an unknown name (with the nearest right one) or a value that does not fit.
+        If the profile cannot be read, a name is unknown (the message gives the nearest known one), or a value does not fit.
     """
-    given = injected([cell for cell in namespace.get("In", []) if isinstance(cell, str)])
+    overrides = injected([cell for cell in namespace.get("In", []) if isinstance(cell, str)])
     known = [*CELL, "base", *Params.model_fields]
-    for name in given:
+    for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise CorecError(f"this notebook: there is no parameter {name!r}: did you mean {near!r}?")
-    profile = given.pop("profile", None) or namespace.get("profile", "params/tiny.yaml")
-    if base := given.pop("base", None):  # papermill -f FILE, where FILE has a base; papermill does not say where FILE is
+    profile = overrides.pop("profile", None) or namespace.get("profile", "params/tiny.yaml")
+    if base := overrides.pop("base", None):  # from papermill -f FILE; papermill does not give the path of FILE
         beside = paths.root() / "params" / str(base)
         profile = beside if beside.exists() else base
-    changes = given.pop("changes", None) or namespace.get("changes") or {}
+    changes = overrides.pop("changes", None) or namespace.get("changes") or {}
     if not isinstance(profile, str | Path) or not isinstance(changes, Mapping):
         raise CorecError("this notebook: `profile` is the name of a YAML file, `changes` a mapping: correct the parameters cell.")
-    values = merge(merge(read(find(profile)), changes), given)
-    params = Params.checked(values, "this notebook" if changes or given else str(profile))
+    values = merge(merge(read(find(profile)), changes), overrides)
+    params = Params.checked(values, "this notebook" if changes or overrides else str(profile))
     check(params, "this notebook")
     return params
 
 
 def check(params: Params, origin: str) -> None:
-    """Find what would stop a later stage and can be known before the first.
+    """Check before the first stage what would stop a later one.
+
+    Parameters
+    ----------
+    params
+        Parameters of the run.
+    origin
+        Start of the error message.
 
     Raises
     ------
     CorecError
-        For a scheme that is missing or malformed, an attribute that it lacks, more constraints than attributes, or a backbone
-        that is neither known nor a folder nor looks like a name of the hub.
+        If the scheme is missing or malformed, lacks an attribute, or has fewer attributes than a request has constraints; or if a
+        backbone is not known, not a folder, and not of the form of a hub name.
     """
     names = [attribute.name for attribute in schemes.choose(params.controls.scheme, params.controls.attributes)]
     if (most := max(params.controls.n_tokens)) > len(names):

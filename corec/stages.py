@@ -1,7 +1,7 @@
-"""The stages of a run: what each needs, the record it leaves when it is whole, and the manifest of a run.
+"""The stages of a run: their inputs, the record of each finished stage, and the manifest of a run.
 
-``runs/<run>/<stage>/`` holds what a stage wrote. Its ``stage.json`` is written last, so a stage without one never finished. The
-record names parameters, inputs and outputs, so that missing, changed and stale stages are noticed.
+A stage writes to ``runs/<run>/<stage>/``. Its ``stage.json`` is written last, so a stage without one has not finished. The
+record lists parameters, inputs and outputs, so that missing, changed and outdated stages are detected.
 """
 
 import importlib.metadata
@@ -40,7 +40,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "prompt_study": ("data", "controls"),
     "efficiency": ("data", "sasrec", "controls", "reranker"),
 }
-# Sections of the parameters that a stage reads by itself, where they are not the one of its name.
+# Sections of the parameters that a stage reads, if it is not the section of its name.
 SECTIONS = {"retriever_study": ("sasrec", "study"), "prompt_study": ("reranker", "study")}
 PACKAGES = (
     "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scipy seaborn tokenizers "
@@ -49,32 +49,32 @@ PACKAGES = (
 
 
 def section(settings: Params, stage: str) -> dict[str, Any]:
-    """The part of a run's parameters that the result of a stage depends on by itself."""
+    """Parameters that the result of a stage depends on directly (not through earlier stages)."""
     names = SECTIONS.get(stage, (stage,))
     values = {name: getattr(settings, name).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(name)) for name in names}
     return values if stage in ("data", "figures") else values | {"seed": settings.seed}
 
 
 def ancestors(stage: str) -> list[str]:
-    """All stages that a stage is made from, in their order."""
+    """All stages that a stage depends on, in the order of :data:`NOTEBOOKS`."""
     names = {name for need in NEEDS[stage] for name in (need, *ancestors(need))}
     return [name for name in NOTEBOOKS if name in names]
 
 
 def read_record(run: str, stage: str) -> dict[str, Any] | None:
-    """The record of a stage; None where it has not been run to its end."""
+    """Record of a stage; None if it has not finished."""
     path = paths.stage_dir(run, stage) / "stage.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def require(run: str, stage: str) -> dict[str, Any]:
-    """The record of a finished stage.
+    """Return the record of a finished stage.
 
     Raises
     ------
     CorecError
-        When the stage or one that it is made from is missing (all missing ones are named), has been run again since, or when a
-        file of it has changed.
+        If the stage or one that it depends on is missing (all missing ones are named) or older than its input, or if one of their
+        files has changed.
     """
     chain = [*ancestors(stage), stage]
     records = {name: record for name in chain if (record := read_record(run, name)) is not None}
@@ -95,9 +95,9 @@ def require(run: str, stage: str) -> dict[str, Any]:
 
 
 def changed_files(run: str, stage: str, record: dict[str, Any], digests: bool = False) -> Iterator[str]:
-    """What is wrong with the outputs of a stage: files that are missing, or have changed since they were recorded.
+    """Describe the outputs of a stage that are missing or have changed since they were recorded.
 
-    Size and time are compared; the digest too where the time differs, or for all files with `digests`.
+    Size and modification time are compared; digests only if the time differs, or for all files with `digests`.
     """
     for name, facts in record["outputs"].items():
         path = paths.stage_dir(run, stage) / name
@@ -112,12 +112,12 @@ def changed_files(run: str, stage: str, record: dict[str, Any], digests: bool = 
 
 
 def verify(run: str) -> list[str]:
-    """Compare the digests of all files that the finished stages of a run have recorded; returns what is wrong.
+    """Compare the digests of all files that the finished stages of a run have recorded; returns one sentence per difference.
 
     Raises
     ------
     CorecError
-        When the run has no finished stage.
+        If the run has no finished stage.
     """
     records = {name: record for name in NOTEBOOKS if (record := read_record(run, name)) is not None}
     if not records:
@@ -126,7 +126,7 @@ def verify(run: str) -> list[str]:
 
 
 def differences(now: Any, then: Any, name: str = "") -> list[str]:
-    """Which values of two nested mappings differ, in words: ``seed is 1, was 0``."""
+    """Describe the values in which two nested mappings differ: ``seed is 1, was 0``."""
     if isinstance(now, dict) and isinstance(then, dict):
         keys = [*now, *(key for key in then if key not in now)]
         return [text for key in keys for text in differences(now.get(key), then.get(key), f"{name}.{key}".lstrip("."))]
@@ -134,19 +134,19 @@ def differences(now: Any, then: Any, name: str = "") -> list[str]:
 
 
 def check(settings: Params, stage: str) -> str:
-    """Require a stage, and that it and all before it were run with these parameters; returns its identity.
+    """Require that a stage and all before it have finished with these parameters; returns the identity of the stage.
 
     Raises
     ------
     CorecError
-        When it is missing or stale (see :func:`require`), or was run with other parameters, which are named.
+        If a stage is missing or outdated (see :func:`require`), or was run with other parameters, which are named.
     """
     record = require(settings.run, stage)
     for name in [*ancestors(stage), stage]:
         before = read_record(settings.run, name) or {}
-        if found := differences(section(settings, name), before.get("params")):
+        if changed := differences(section(settings, name), before.get("params")):
             raise CorecError(
-                f"Stage {name!r} of run {settings.run!r} was made with other parameters ({'; '.join(found[:4])}): "
+                f"Stage {name!r} of run {settings.run!r} was made with other parameters ({'; '.join(changed[:4])}): "
                 f"run notebooks/{NOTEBOOKS[name]}.ipynb again, or give the new settings another `run`."
             )
     return str(record["identity"])
@@ -154,7 +154,7 @@ def check(settings: Params, stage: str) -> str:
 
 @dataclass
 class Stage:
-    """One stage of a run: times it, and records it once it is whole. Made by :func:`start`."""
+    """A running stage, created by :func:`start`; measures its time and writes its record."""
 
     run: str
     name: str
@@ -164,11 +164,11 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where this stage writes."""
+        """Output folder of this stage."""
         return paths.stage_dir(self.run, self.name)
 
     def finish(self, outputs: Iterable[Path] = (), **facts: Any) -> dict[str, Any]:
-        """Record the stage as whole: parameters, seconds, peak memory, the `outputs` with their digests, and `facts`."""
+        """Write and return the record: parameters, seconds, peak memory, digests of the `outputs`, and `facts`."""
         written = {}
         for path in outputs:
             status = path.stat()
@@ -179,7 +179,7 @@ class Stage:
             }
         record = {
             "stage": self.name,
-            "identity": files.digest([self.params, self.made_from, {name: facts["sha256"] for name, facts in written.items()}]),
+            "identity": files.digest([self.params, self.made_from, {name: each["sha256"] for name, each in written.items()}]),
             "made_from": self.made_from,
             "params": self.params,
             "seconds": round(time.time() - self.started, 1),
@@ -194,12 +194,12 @@ class Stage:
 
 
 def start(settings: Params, name: str) -> Stage:
-    """Begin a stage: check the stages that it needs, and withdraw its own earlier record.
+    """Start a stage: check the stages that it needs, and delete its own earlier record.
 
     Raises
     ------
     CorecError
-        When a needed stage is missing, stale or of other parameters (see :func:`check`).
+        If a needed stage is missing, outdated, or was run with other parameters (see :func:`check`).
     """
     if missing := [need for need in ancestors(name) if read_record(settings.run, need) is None]:
         require(settings.run, missing[-1])
@@ -211,7 +211,7 @@ def start(settings: Params, name: str) -> Stage:
 
 
 def git_state() -> dict[str, Any]:
-    """The checkout's commit, and whether tracked files differ from it (both None outside a repository)."""
+    """Commit of the checkout, and whether tracked files differ from it (both None outside a repository)."""
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         commit, changed = (
@@ -224,7 +224,7 @@ def git_state() -> dict[str, Any]:
 
 
 def manifest(params: Params, of: Sequence[str]) -> dict[str, Any]:
-    """What made a run: parameters, versions, commit, and time, memory, machine and outputs of each of the stages `of`."""
+    """Return what produced a run: parameters, versions, commit, and the records of the stages `of`, without their parameters."""
     installed = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
     stages = {}
     for stage in of:
@@ -243,5 +243,5 @@ def manifest(params: Params, of: Sequence[str]) -> dict[str, Any]:
 
 
 def write_manifest(params: Params, stage: str) -> None:
-    """Write the manifest of a study or timing (a finished `stage` and all before it) into the folder of the run's figures."""
+    """Write the manifest of a study or timing (`stage` and all stages before it) to the folder of the run's figures."""
     files.write_json(paths.figures_dir(params.run) / f"manifest-{stage}.json", manifest(params, [*ancestors(stage), stage]))

@@ -223,7 +223,7 @@ def test_lines_without_end_and_files_that_may_not_be_read(tmp_path: Path) -> Non
 def test_fewer_latest_than_needed_reviews(tmp_path: Path) -> None:
     reviews = [review("A1", f"B{n}", unixReviewTime=n) for n in range(12)]
     params = write(tmp_path / "raw", reviews, [item(f"B{n}") for n in range(12)])
-    changes = {"protocol": "paper", "min_interactions": 10, "latest": 5, "window": 2}
+    changes = {"split": "paper", "min_interactions": 10, "latest": 5, "window": 2}
     assert list(data.prepare(params.model_copy(update=changes)).interactions["timestamp"]) == [7, 8, 9, 10, 11]
 
 
@@ -273,11 +273,11 @@ def test_a_missing_file_and_an_unknown_category(tmp_path: Path) -> None:
         read(params.model_copy(update={"required": ["colour"]}))
 
 
-@pytest.mark.parametrize("protocol", ["paper", "leave-one-out"])
-def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("split", ["paper", "leave-one-out"])
+def test_the_stream_agrees_with_pandas(tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amazon, "PART", 2000)  # users are counted in several parts
     reviews, metadata = synthetic.write(tmp_path / "raw", users=400, items=150, reviews=9000, seed=3)
-    given = {"protocol": protocol, "min_interactions": 20, "max_users": 60, "latest": 25, "core": 4}
+    given = {"split": split, "min_interactions": 20, "max_users": 60, "latest": 25, "core": 4}
     params = DataParams(source="amazon-2018", category="Synthetic", path=str(tmp_path / "raw"), required=COMPLETE).model_copy(
         update=given
     )
@@ -291,7 +291,7 @@ def test_the_stream_agrees_with_pandas(tmp_path: Path, protocol: str, monkeypatc
     assert data.card(mine)["left out"] == {"reviews: item reviewed again by the same user": again}
     columns = ["user", "user_id", "item", "rating", "timestamp", "position", "split"]
     pd.testing.assert_frame_equal(mine.interactions, oracle[columns], check_dtype=False)
-    assert oracle["user"].nunique() == 60 if protocol == "paper" else len(oracle) > 1000
+    assert oracle["user"].nunique() == 60 if split == "paper" else len(oracle) > 1000
     prices = items.set_index("asin")["price"].str.replace(r"[$,]", "", regex=True).astype(float)
     assert list(mine.items["price"]) == list(prices[mine.items["item_id"]])
 

@@ -22,7 +22,7 @@ ITEMS = pd.DataFrame({
 
 @pytest.fixture
 def table() -> controls.Vocabulary:
-    return controls.vocabulary(ITEMS, ControlsParams())
+    return controls.build_vocabulary(ITEMS, ControlsParams())
 
 
 def pools(windows: int = 200, k: int = 4, seed: int = 0) -> controls.Pools:
@@ -133,8 +133,8 @@ def test_saved_and_loaded_alike(start_stages: Callable[[Params, str], stages.Sta
     stage = start_stages(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
     stage.finish(controls.save(prepared, windows.assign(user=0, history=[[1, 2]] * 30), stage.folder))
     again = controls.load("r")
-    assert again.table.labels == prepared.table.labels and again.table.attributes == prepared.table.attributes
-    np.testing.assert_array_equal(again.table.values_of, prepared.table.values_of)
+    assert again.vocabulary.labels == prepared.vocabulary.labels and again.vocabulary.attributes == prepared.vocabulary.attributes
+    np.testing.assert_array_equal(again.vocabulary.values_of, prepared.vocabulary.values_of)
     for key, requests in prepared.requests.items():
         np.testing.assert_array_equal(again.requests[key], requests)
     for split, kept in prepared.pools.items():
@@ -155,7 +155,7 @@ def test_saved_and_loaded_alike(start_stages: Callable[[Params, str], stages.Sta
 )
 def test_wrong_schemes(changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(CorecError, match=sentence):
-        controls.vocabulary(ITEMS, ControlsParams.model_validate(changes))
+        controls.build_vocabulary(ITEMS, ControlsParams.model_validate(changes))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_thousands_of_values_cost_little() -> None:
     items = pd.DataFrame(
         {"item": np.arange(1, n + 1), "brand": [f"brand {i % 9000}" for i in range(n)], "price": 5.0, "rank": 7.0}
     )
-    table = controls.vocabulary(items, ControlsParams(scheme="amazon", attributes=["price", "brand", "rank"]))
+    table = controls.build_vocabulary(items, ControlsParams(scheme="amazon", attributes=["price", "brand", "rank"]))
     assert table.values_of.shape == (n + 1, 3) and len(table.labels) == 9000 + 6 + 8
     assert owned(table, 9001, "brand") == ["brand 0"] and table.frequency().sum() == 3 * n
 
@@ -241,12 +241,12 @@ def test_anyone_can_load_the_windows_with_datasets_alone(start_stages: Callable[
     whole = datasets.load_from_disk(stage.folder / "dataset")
     assert set(whole) == {"train", "valid", "test"} and "retriever_rank" in (stage.folder / "dataset" / "README.md").read_text()
     names = json.loads((stage.folder / "vocabulary.json").read_text())["names"]
-    assert names == [prepared.table.name(value) for value in range(len(names))]
+    assert names == [prepared.vocabulary.name(value) for value in range(len(names))]
     for split, pools in prepared.pools.items():
         part = whole[split]
         assert part["history"][:] == windows.set_index("window").loc[pools.window, "history"].tolist()
         for place, n in enumerate([0, 2, 1]):
             request = prepared.requests[split, n]
-            met = controls.matches(pools.candidates, request, prepared.table.values_of)
+            met = controls.matches(pools.candidates, request, prepared.vocabulary.values_of)
             assert [row[place] for row in part["requests"]] == request.tolist()
             assert [row[place] for row in part["control"]] == controls.control_scores(met, pools.is_truth()).tolist()

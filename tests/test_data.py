@@ -25,14 +25,14 @@ def test_leave_one_out_holds_out_the_last_two(atomic: Path) -> None:
 def test_paper_split_of_fifty_is_40_5_5() -> None:
     rows = [(f"u{user}", f"i{i}", 3.0, float(i)) for user in range(3) for i in range(60 if user else 20)]
     raw = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
-    table = data.split_by_time(raw, DataParams(protocol="paper"))
+    table = data.split_by_time(raw, DataParams(split="paper"))
     assert table["user"].nunique() == 2, "a user with 20 interactions is dropped"
     assert (
         table.groupby("user")["split"].value_counts().unstack().loc[:, ["train", "valid", "test"]].eq([40, 5, 5]).all(axis=None)
     )
     assert table["timestamp"].min() == 10, "the latest 50 are kept"
     assert sorted(table["item"].unique()) == list(range(1, 51)), "items that are no longer there leave no gap"
-    windows = data.make_windows(table, DataParams(protocol="paper"))
+    windows = data.make_windows(table, DataParams(split="paper"))
     assert windows.groupby("split")["history"].apply(lambda h: set(h.map(len))).to_dict() == {
         "train": {5}, "valid": {6}, "test": {6},
     }  # fmt: skip

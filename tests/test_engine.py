@@ -118,6 +118,22 @@ def test_fused_layers_are_tried_before_they_are_trusted(tmp_path: Path, dtype: t
         assert fused.fuse(other) is None, "alike in its modules, not in what it does"
 
 
+class OtherForSomeTokens(torch.nn.SiLU):
+    """An activation that differs for the last four tokens only."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        made = super().forward(states)
+        made[..., 8:, :] *= 1.5
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_at_few_tokens_is_enough_to_refuse(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, _ = backbones.load(folder("llama", tmp_path), dtype)
+    model.base_model.layers[1].mlp.act_fn = OtherForSomeTokens()
+    assert fused.fuse(model) is None
+
+
 def test_fused_layers_share_the_models_weights(tmp_path: Path) -> None:
     model, _ = backbones.load(folder("qwen2", tmp_path), torch.float32)
     ids = torch.arange(5, 25)[None]

@@ -35,7 +35,7 @@ def test_files_of_any_name_with_any_columns(tmp_path: Path) -> None:
         "attributes:\n  - {name: price, column: price, below: [10, 20], labels: [cheap, middle, dear]}\n"
         "  - {name: brand, column: brand, bucket: as_is}\n  - {name: tag, column: tags, bucket: each}\n"
     )
-    table = controls.vocabulary(tables.items, ControlsParams(scheme=str(scheme)))
+    table = controls.build_vocabulary(tables.items, ControlsParams(scheme=str(scheme)))
     assert [table.name(value) for value in range(3)] == ["price: cheap", "price: middle", "price: dear"]
     assert set(tables.interactions["user_id"]) == {f"u{u}" for u in range(20)}
 

@@ -56,13 +56,13 @@ def test_planted_tastes_are_found_again(cache: Path) -> None:
     ours = sasrec.ranking_metrics(sasrec.rank_targets(shop.trained.model, wanted))["NDCG@10"]
     assert ours > 1.5 * popularity_ndcg(shop, wanted), "the retriever knows more than popularity"
     examples = reranker.load_examples(shop.tables.windows, shop.prepared)
-    model = reranker.build(shop.tables.items, shop.prepared.table, shop.params.reranker, seed=0)
+    model = reranker.build(shop.tables.items, shop.prepared.vocabulary, shop.params.reranker, seed=0)
     pools, precision = shop.prepared.pools["test"], []
     for _ in range(2):
         requests = [shop.prepared.requests["test", n] for n in (1, 2)]
         scores = reranker.score(model, examples, pools, requests)
         for place, request in enumerate(requests):
-            judged = evaluation.judge(pools, request, shop.prepared.table.values_of)
+            judged = evaluation.judge(pools, request, shop.prepared.vocabulary.values_of)
             n = request.shape[1]
             precision += [evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [3])["cp", 3, n].mean()]
         reranker.train(model, examples, shop.params, None)
@@ -73,9 +73,9 @@ def test_with_tastes_in_brand_the_brand_token_changes_the_ranking_and_others_do_
     """Only the brand tells candidates apart here: a token of what they all share must not move them against each other."""
     shop = Shop(cache / "brand", ("brand",), [0, 1])
     examples = reranker.load_examples(shop.tables.windows, shop.prepared)
-    model = reranker.build(shop.tables.items, shop.prepared.table, shop.params.reranker, seed=0)
+    model = reranker.build(shop.tables.items, shop.prepared.vocabulary, shop.params.reranker, seed=0)
     reranker.train(model, examples, shop.params, None)
-    table, pools = shop.prepared.table, shop.prepared.pools["test"]
+    table, pools = shop.prepared.vocabulary, shop.prepared.pools["test"]
     rng = np.random.default_rng(0)
     requests = [np.empty((len(pools.window), 0), dtype=int)]
     for number in range(len(table.attributes)):

@@ -44,17 +44,19 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
     }  # fmt: skip
     local = {"corec", "deepspeed", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     third = {name for name in found - local if name not in sys.stdlib_module_names and name}
-    declared = {
-        pin.split("==")[0].lower()
-        for group in (project["dependencies"], *project["optional-dependencies"].values())
-        for pin in group
-    }
+    groups = (project["dependencies"], *project["optional-dependencies"].values())
+    declared = {canonical(pin.split("==")[0]) for group in groups for pin in group}
     for name in third:
-        assert {dist.lower() for dist in names[name]} & declared, f"{name} is imported and not declared"
-    used = {dist.lower() for name in third for dist in names[name]}
+        assert {canonical(dist) for dist in names[name]} & declared, f"{name} is imported and not declared"
+    used = {canonical(dist) for name in third for dist in names[name]}
     tools = {"jupyterlab", "pip", "mypy", "nbstripout", "nbval", "pytest", "ruff", "ipykernel", "ipywidgets"}  # run, not imported
-    stubs = {pin for pin in declared if pin.startswith("types-") or pin.endswith("-stubs")}
+    stubs = {name for name in declared if name.startswith("types-") or name.endswith("-stubs")}
     assert declared - used - tools - stubs == set(), "declared and never imported"
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as the package index writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

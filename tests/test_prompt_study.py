@@ -82,7 +82,7 @@ def test_the_first_seed_tries_the_rates_and_validation_chooses(
 
 
 def test_rates_are_chosen_by_the_cp_of_validation_requests(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    pools, values = world.prepared.pools["valid"], world.prepared.table.values_of
+    pools, values = world.prepared.pools["valid"], world.prepared.vocabulary.values_of
     rule, scores = [], []
     for n in (1, 2):
         judged = evaluation.judge(pools, world.prepared.requests["valid", n], values)
@@ -107,7 +107,7 @@ def test_orders_are_judged_over_seeds_and_against_the_papers(world: World) -> No
     pools, n_tokens = world.prepared.pools["test"], world.controls.n_tokens
     rng, perfect = np.random.default_rng(0), []
     for n in n_tokens:
-        judged = evaluation.judge(pools, world.prepared.requests["test", n], world.prepared.table.values_of)
+        judged = evaluation.judge(pools, world.prepared.requests["test", n], world.prepared.vocabulary.values_of)
         perfect.append(judged.met.sum(2) - 0.01 * pools.retriever_rank)
     best = np.stack(perfect, axis=1)
     scores = {("index, before", seed): rng.random(best.shape) for seed in (0, 1)}

@@ -47,7 +47,7 @@ class World:
         return Params(controls=self.controls, reranker=RerankerParams.model_validate(values))
 
     def build(self, params: Params, **kwargs: Any) -> reranker.Reranker:
-        return reranker.build(self.tables.items, self.prepared.table, params.reranker, seed=0, **kwargs)
+        return reranker.build(self.tables.items, self.prepared.vocabulary, params.reranker, seed=0, **kwargs)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_new_rows_start_from_the_mean_of_their_words(world: World) -> None:
     bare, tokenizer = backbones.tiny_model()
     rows = bare.get_input_embeddings().weight.detach().clone()
     model = world.build(world.params())
-    for token, words in reranker.new_tokens(world.prepared.table, model.params).items():
+    for token, words in reranker.new_tokens(world.prepared.vocabulary, model.params).items():
         wanted = rows[tokenizer(words)["input_ids"]].mean(0)
         found = reranker.token_rows(model, [token]).to_numpy()[0]
         np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -175,7 +175,7 @@ def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
     params = world.params(steps=60, curriculum_steps=60, lr=3e-3, lr_head=3e-3, batch_size=8)
     model = world.build(params)
     frozen = {name: value.detach().clone() for name, value in model.model.named_parameters() if not value.requires_grad}
-    words = reranker.new_tokens(world.prepared.table, params.reranker)
+    words = reranker.new_tokens(world.prepared.vocabulary, params.reranker)
     before = reranker.token_rows(model, words)
     curve = reranker.train(model, world.examples, params, None)
     assert curve["loss"].iloc[0] > 0.6 and curve["loss"].iloc[30:60].mean() < 0.3
@@ -184,7 +184,7 @@ def test_training_learns_and_moves_only_what_it_should(world: World) -> None:
         if name in frozen:
             assert torch.equal(value, frozen[name]), name
     scores = reranker.score(model, world.examples, world.pools, world.requests)
-    gaps = reranker.score_gap(scores, world.pools, world.requests, world.prepared.table.values_of)
+    gaps = reranker.score_gap(scores, world.pools, world.requests, world.prepared.vocabulary.values_of)
     assert gaps[1] > 0.3
 
 
@@ -217,7 +217,7 @@ def test_saved_adapter_gives_the_same_scores_through_peft_alone(
     curve = reranker.train(model, world.examples, params, None)
     stage = start_stages(params.model_copy(update={"run": "r"}), "reranker")
     stage.finish(reranker.save(model, curve, stage.folder))
-    again = reranker.load(stage.folder, world.tables.items, world.prepared.table, params.reranker)
+    again = reranker.load(stage.folder, world.tables.items, world.prepared.vocabulary, params.reranker)
     wanted = reranker.score(model, world.examples, world.pools, world.requests)
     np.testing.assert_allclose(reranker.score(again, world.examples, world.pools, world.requests), wanted, atol=1e-5)
 
@@ -235,7 +235,7 @@ def test_saved_adapter_gives_the_same_scores_through_peft_alone(
 
 
 def test_zero_shot_trains_nothing(world: World) -> None:
-    model = reranker.zero_shot(world.tables.items, world.prepared.table, world.params().reranker)
+    model = reranker.zero_shot(world.tables.items, world.prepared.vocabulary, world.params().reranker)
     assert model.params.readout == "index" and model.params.values == "words"
     assert reranker.score(model, world.examples, world.pools, world.requests).shape == (8, 3, 6)
 
@@ -254,7 +254,7 @@ def test_bfloat16_ranks_almost_alike(world: World) -> None:
 
 def test_no_adapter_and_no_model(world: World, tmp_path: Path) -> None:
     with pytest.raises(CorecError, match="holds no adapter: run notebooks/04_reranker.ipynb"):
-        reranker.load(tmp_path, world.tables.items, world.prepared.table, world.params().reranker)
+        reranker.load(tmp_path, world.tables.items, world.prepared.vocabulary, world.params().reranker)
     with pytest.raises(CorecError, match="no causal language model '/no/such/model'"):
         backbones.load("/no/such/model")
 
@@ -336,18 +336,18 @@ def test_llama_3_in_small_goes_all_the_way(world: World, tmp_path: Path) -> None
     assert all("lora_" in name or "trainable_tokens" in name for name in start), "the tables themselves stay as they were"
     wanted = reranker.score(model, world.examples, world.pools, world.requests)
     reranker.save(model, curve, tmp_path)
-    again = reranker.load(tmp_path, world.tables.items, world.prepared.table, params.reranker)
+    again = reranker.load(tmp_path, world.tables.items, world.prepared.vocabulary, params.reranker)
     np.testing.assert_allclose(reranker.score(again, world.examples, world.pools, world.requests), wanted, atol=1e-5)
     merged = reranker.Reranker(again.model.merge_and_unload(), again.tokenizer, again.head, again.prompter, again.params)
     assert not isinstance(merged.model, PeftModel)
     np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
-    assert reranker.score_gap(wanted, world.pools, world.requests, world.prepared.table.values_of).keys() == {1, 2}
+    assert reranker.score_gap(wanted, world.pools, world.requests, world.prepared.vocabulary.values_of).keys() == {1, 2}
 
 
 def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     params = world.params(readout="index")
     model = world.build(params)
-    added = len(reranker.new_tokens(world.prepared.table, params.reranker))
+    added = len(reranker.new_tokens(world.prepared.vocabulary, params.reranker))
     made = estimate.plan(params.reranker, tokens=100, new_tokens=added)
     assert made.trainable == sum(value.numel() for value in model.trainable().values())
     assert made.parameters == sum(value.numel() for value in model.model.parameters())
@@ -452,7 +452,7 @@ def test_a_title_never_yields_a_control_token(world: World, values: str) -> None
     plain, items = world.tables.items, world.tables.items.copy()
     item = int(world.pools.candidates[0, 0])
     items.loc[items["item"] == item, "title"] = HOSTILE
-    model = reranker.build(items, world.prepared.table, world.params(values=values).reranker, seed=0)
+    model = reranker.build(items, world.prepared.vocabulary, world.params(values=values).reranker, seed=0)
     special = set(model.tokenizer.get_added_vocab().values())
     assert {"<genre>", "<era>"} <= set(model.tokenizer.get_added_vocab()), "what the title imitates is a token"
     assert not special & set(model.prompter.titles[item]), "no token number of the title is an added one"
@@ -474,7 +474,7 @@ def test_a_title_never_yields_a_control_token(world: World, values: str) -> None
 
 def test_a_title_that_names_a_value_is_not_ranked_as_if_it_had_it(world: World) -> None:
     params = world.params(steps=60, curriculum_steps=60, lr=3e-3, lr_head=3e-3, batch_size=8)
-    table, pools, request = world.prepared.table, world.pools, world.requests[1]
+    table, pools, request = world.prepared.vocabulary, world.pools, world.requests[1]
     model = world.build(params)
     reranker.train(model, world.examples, params, None)
     before = reranker.score(model, world.examples, pools, [request])[:, 0]

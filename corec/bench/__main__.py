@@ -14,10 +14,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from corec import CorecError, files
-from corec.bench.clock import Figure
+from corec.bench.clock import Timing
 
 
-def measure(given: argparse.Namespace) -> Iterator[Figure]:
+def measure(given: argparse.Namespace) -> Iterator[Timing]:
     """The figures of the chosen bench, as they are made."""
     if given.command == "data":
         from corec.bench.data import bench_data
@@ -36,11 +36,11 @@ def measure(given: argparse.Namespace) -> Iterator[Figure]:
     return bench_large()
 
 
-def to_csv(figures: list[Figure]) -> str:
+def to_csv(figures: list[Timing]) -> str:
     """The figures as CSV, numbers with four digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Figure._fields)
+    writer.writerow(Timing._fields)
     for figure in figures:
         ratio = "" if figure.ratio is None else f"{figure.ratio:.4g}"
         writer.writerow([figure.name, f"{figure.value:.4g}", figure.unit, figure.baseline, ratio])

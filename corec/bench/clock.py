@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 
-class Figure(NamedTuple):
+class Timing(NamedTuple):
     """One measurement of a benchmark."""
 
     name: str

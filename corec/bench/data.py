@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from corec import paths
-from corec.bench.clock import Figure, process
+from corec.bench.clock import Timing, process
 from corec.data import synthetic
 
 REQUIRED = ["title", "description", "brand", "rank", "price"]
@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 from corec import data, machine, params
 folder = Path(sys.argv[1])
-given = params.DataParams(source="amazon-2018", category="Synthetic", path=str(folder), protocol="paper")
+given = params.DataParams(source="amazon-2018", category="Synthetic", path=str(folder), split="paper")
 given = given.model_copy(update={"required": sys.argv[2].split()})
 tables = data.prepare(given)
 start = time.perf_counter()
@@ -35,7 +35,7 @@ import pandas as pd
 from corec import data, machine, params
 from corec.data import fields
 folder = Path(sys.argv[1])
-given = params.DataParams(source="amazon-2018", category="Synthetic", path=str(folder), protocol="paper")
+given = params.DataParams(source="amazon-2018", category="Synthetic", path=str(folder), split="paper")
 items = pd.read_json(folder / "meta_Synthetic.json.gz", lines=True).rename(columns={"asin": "item_id"})
 items = items.drop_duplicates("item_id")
 text = {"rank": items["rank"].map(json.dumps), "category": items["category"].map(json.dumps)}
@@ -64,7 +64,7 @@ def zcat(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[Figure]:
+def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[Timing]:
     """Time stage 01 on synthetic files in the official format, compared with ``zcat`` and pandas, and measure its peak memory.
 
     The files are read once before the timings, so that all runs find them in the page cache.
@@ -86,11 +86,11 @@ def bench_data(reviews: list[int], items: int, pandas: bool = True) -> Iterator[
             unpack = zcat(folder)
             seconds, (write, peak, rows) = process(STAGE, folder, " ".join(REQUIRED))
             size = f"{number / 1e6:g}M"
-            yield Figure(f"data_zcat_{size}", unpack, "s")
-            yield Figure(f"data_seconds_{size}", seconds, "s", "zcat + time to write", seconds / (unpack + write))
-            yield Figure(f"data_peak_{size}", peak, "MB")
+            yield Timing(f"data_zcat_{size}", unpack, "s")
+            yield Timing(f"data_seconds_{size}", seconds, "s", "zcat + time to write", seconds / (unpack + write))
+            yield Timing(f"data_peak_{size}", peak, "MB")
             if pandas and number == 2_000_000:
                 plain, (_, plain_peak, plain_rows) = process(PANDAS, folder, " ".join(REQUIRED))
                 assert plain_rows == rows, "both keep the same interactions"
-                yield Figure(f"data_vs_pandas_{size}", seconds, "s", f"pandas.read_json, {plain:.1f} s", plain / seconds)
-                yield Figure(f"data_pandas_peak_{size}", plain_peak, "MB")
+                yield Timing(f"data_vs_pandas_{size}", seconds, "s", f"pandas.read_json, {plain:.1f} s", plain / seconds)
+                yield Timing(f"data_pandas_peak_{size}", plain_peak, "MB")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from corec import controls, data, machine, params, paths, profiles, reranker
-from corec.bench.clock import Figure
+from corec.bench.clock import Timing
 from corec.bench.plain import reranker as plain
 from corec.reranker import engine
 
@@ -32,7 +32,7 @@ def world(k: int, windows: int) -> tuple[Any, Any, Any]:
     found = [rng.permutation(np.setdiff1d(np.arange(1, n_items + 1), history))[:k] for history in some["history"]]
     frame = pd.DataFrame({"window": some["window"], "candidates": found, "scores": [np.arange(k, 0.0, -1)] * len(found)})
     prepared = controls.prepare(some, frame, tables.items, own, seed=0)
-    model = reranker.build(tables.items, prepared.table, settings.reranker, seed=0)
+    model = reranker.build(tables.items, prepared.vocabulary, settings.reranker, seed=0)
     return settings, reranker.load_examples(some, prepared), model
 
 
@@ -61,17 +61,17 @@ def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], f
     return run, flop
 
 
-def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
+def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Timing]:
     """Scoring, kept prefixes, training and the rate of arithmetic, side by side with the plain ways."""
     settings, examples, model = world(k, windows)
-    pools, table = examples.prepared.pools["test"], examples.prepared.table
+    pools, table = examples.prepared.pools["test"], examples.prepared.vocabulary
     rng = np.random.default_rng(1)
     lengths = [1 + place % 3 for place in range(REQUESTS)]
     requests = [controls.draw_requests(pools, n, "random-candidate", table, rng) for n in lengths]
     rows = reranker.make_rows(model, examples, pools, requests)
-    yield Figure("cores", os.cpu_count() or 1, "", machine.name())
-    yield Figure("prefix_tokens", float(np.mean([len(row.prefix) for row in rows])), "tokens")
-    yield Figure("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
+    yield Timing("cores", os.cpu_count() or 1, "", machine.name())
+    yield Timing("prefix_tokens", float(np.mean([len(row.prefix) for row in rows])), "tokens")
+    yield Timing("request_tokens", float(np.mean([len(s) for row in rows for s in row.suffixes])), "tokens")
     yield from training(settings, examples, model)
     model.model.eval()
     with torch.inference_mode():
@@ -80,7 +80,7 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Figure]:
         ours = machine.seconds(lambda: reranker.score(model, examples, few, asked)) / len(some)
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
             slow = machine.seconds(lambda: [plain.scores(model, rows[i], last) for i in some]) / len(some)  # noqa: B023
-            yield Figure(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
+            yield Timing(name, 1 / ours, "users/s", f"one forward a request, {1 / slow:.2f}", slow / ours)
         whole, _ = machine.percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
         merged = engine.merge(model)
         yield from rate(merged, rows)
@@ -94,7 +94,7 @@ def single(rows: list[reranker.Row], number: int) -> reranker.Row:
 
 
 @torch.inference_mode()
-def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float) -> Iterator[Figure]:
+def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float) -> Iterator[Timing]:
     """Latency of single requests against a kept prefix by a model with its adapter merged.
 
     Parameters
@@ -104,17 +104,17 @@ def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float)
     """
     prefix = engine.prefill(model, rows[0])
     middle, high = machine.percentiles(lambda i: engine.answer(model, prefix, single(rows, i).suffixes), 80)
-    yield Figure("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
-    yield Figure("one_request_cached_p95", 1e3 * high, "ms")
+    yield Timing("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
+    yield Timing("one_request_cached_p95", 1e3 * high, "ms")
     same, _ = machine.percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
-    yield Figure("one_request_cached_vs_merged", 1e3 * middle, "ms", f"whole forward, merged, {1e3 * same:.0f} ms", middle / same)
-    yield Figure("prefill", 1e3 * machine.seconds(lambda: engine.prefill(model, rows[0])), "ms")
+    yield Timing("one_request_cached_vs_merged", 1e3 * middle, "ms", f"whole forward, merged, {1e3 * same:.0f} ms", middle / same)
+    yield Timing("prefill", 1e3 * machine.seconds(lambda: engine.prefill(model, rows[0])), "ms")
     ours = machine.seconds(lambda: model.forward(rows[:8])) / 8
-    yield Figure("score_8_merged", 1 / ours, "users/s")
+    yield Timing("score_8_merged", 1 / ours, "users/s")
 
 
 @torch.inference_mode()
-def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
+def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]:
     """The fused layers against transformers' own with its SDPA attention, plain and compiled by ``torch.compile``.
 
     Adapter merged; a batch of packed rows, and one request behind a kept prefix. Compilation is not timed.
@@ -144,26 +144,26 @@ def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> I
         if name not in answered:
             continue
         ratio = scored[name] / scored["fused"]
-        yield Figure(f"score_8_fused_vs_{name}", 1 / scored["fused"], "users/s", f"transformers, {1 / scored[name]:.2f}", ratio)
+        yield Timing(f"score_8_fused_vs_{name}", 1 / scored["fused"], "users/s", f"transformers, {1 / scored[name]:.2f}", ratio)
         ratio = answered[name] / answered["fused"]
         label = f"transformers, {1e3 * answered[name]:.0f} ms"
-        yield Figure(f"one_request_fused_vs_{name}", 1e3 * answered["fused"], "ms", label, ratio)
+        yield Timing(f"one_request_fused_vs_{name}", 1e3 * answered["fused"], "ms", label, ratio)
 
 
-def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Figure]:
+def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]:
     """Arithmetic of a batch of packed rows of like length against the bare products of the same shapes, and where time goes."""
     batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
     size = reranker.collate(batch, 0, "end").ids.shape
     run, flop = products(model.causal, size[0], size[1])
     bare, ours = machine.seconds(run), machine.seconds(lambda: model.forward(batch))
     label = f"bare products, {flop / bare / 1e9:.0f}"
-    yield Figure("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
+    yield Timing("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
     with torch.profiler.profile() as profile:
         model.forward(batch)
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
-        yield Figure(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
+        yield Timing(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
 
 
 def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
@@ -183,7 +183,7 @@ def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
     return sum(sizes.values()) / 1e6
 
 
-def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator[Figure]:
+def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator[Timing]:
     """Supervised requests a second: a step of the default run against one request a forward with full logits."""
     model.model.train()
     batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
@@ -191,13 +191,13 @@ def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator
     count = batch.control.shape[0] * batch.control.shape[1]
     ours = machine.seconds(lambda: reranker.backward(model, rows, batch.control)) / count
 
-    yield Figure("train_peak_memory", machine.peak_memory_mb(), "MB")
+    yield Timing("train_peak_memory", machine.peak_memory_mb(), "MB")
 
     some, weights = rows[: model.params.micro_batch], list(model.model.parameters())
     requests = sum(len(row.suffixes) for row in some)
     alone = kept_mb(lambda: plain.scores(model, single(some, 0), False), weights)
     label = f"{requests} requests in a pass; the plain way, one: {alone:.0f} MB"
-    yield Figure("train_activations", kept_mb(lambda: model.forward(some), weights), "MB", label)
+    yield Timing("train_activations", kept_mb(lambda: model.forward(some), weights), "MB", label)
 
     def one_at_a_time(last_only: bool) -> None:
         for row, control in zip(rows, batch.control, strict=True):
@@ -209,4 +209,4 @@ def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator
     rng = np.random.default_rng(0)
     for name, last in (("train_requests_vs_plain", False), ("train_requests_vs_last_logits", True)):
         slow = machine.seconds(partial(one_at_a_time, last)) / len(rows)
-        yield Figure(name, 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)
+        yield Timing(name, 1 / ours, "requests/s", f"one a forward, {1 / slow:.2f}", slow / ours)

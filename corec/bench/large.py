@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from corec import CorecError, machine, reranker
-from corec.bench.clock import Figure
+from corec.bench.clock import Timing
 from corec.params import RerankerParams
 from corec.reranker import Row, engine
 from corec.scale import estimate
@@ -88,7 +88,7 @@ def peak_memory_mb() -> float:
     return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else machine.peak_memory_mb()
 
 
-def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: int = 2) -> Iterator[Figure]:
+def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: int = 2) -> Iterator[Timing]:
     """Time training with and without gradient checkpointing, packed scoring, and one request against a cached prefix.
 
     The re-ranker has the default settings (`late`, requests after the candidates). Training is the forward and backward pass,
@@ -111,9 +111,9 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
     model = large(params)
     config, rng = model.causal.config, np.random.default_rng(0)
     name = ("" if gpu else "no GPU, a small twin: ") + machine.name()
-    yield Figure("parameters", float(sum(value.numel() for value in model.model.parameters())), "", name)
+    yield Timing("parameters", float(sum(value.numel() for value in model.model.parameters())), "", name)
     bare = matmul_rate(8192 if gpu else 1024, model.causal.dtype, machine.device())
-    yield Figure("matmul_rate", bare / 1e12, "TFLOP/s", name)
+    yield Timing("matmul_rate", bare / 1e12, "TFLOP/s", name)
     rows = random_rows(windows, k, requests, tokens, rng)
     control = rng.integers(0, 4, (windows, requests, k)).astype(np.float32)
     flop = forward_flop(config, windows, tokens)
@@ -126,19 +126,19 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
         try:
             seconds = machine.seconds(lambda: reranker.backward(model, rows, control))
         except CorecError:
-            yield Figure(f"{label}_out_of_memory", peak_memory_mb(), "MB")
+            yield Timing(f"{label}_out_of_memory", peak_memory_mb(), "MB")
             continue
         rate = 2 * flop / seconds  # forward pass and gradient of the states; frozen weights need no gradient
-        yield Figure(f"{label}_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
-        yield Figure(f"{label}_peak_memory", peak_memory_mb(), "MB")
+        yield Timing(f"{label}_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
+        yield Timing(f"{label}_peak_memory", peak_memory_mb(), "MB")
     merged = engine.merge(model)
     with torch.inference_mode():
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         seconds = machine.seconds(lambda: merged.forward(rows))
         rate = flop / seconds
-        yield Figure("score_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
-        yield Figure("score_peak_memory", peak_memory_mb(), "MB")
+        yield Timing("score_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
+        yield Timing("score_peak_memory", peak_memory_mb(), "MB")
         prefix = engine.prefill(merged, rows[0])
         engine.answer(merged, prefix, rows[0].suffixes[:1])
         times = []
@@ -146,4 +146,4 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
             start = machine.now()
             engine.answer(merged, prefix, [suffix])
             times.append(machine.now() - start)
-    yield Figure("one_request_cached", 1e3 * float(np.median(times)), "ms", f"prefix of {prefix.length} tokens")
+    yield Timing("one_request_cached", 1e3 * float(np.median(times)), "ms", f"prefix of {prefix.length} tokens")

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from corec import data, machine, sasrec
-from corec.bench.clock import Figure, process
+from corec.bench.clock import Timing, process
 from corec.bench.plain import sasrec as textbook
 from corec.params import DataParams, SasrecParams
 
@@ -22,7 +22,7 @@ settings = profiles.load("params/ml-100k.yaml")
 own = settings.sasrec.model_copy(update={"fast": sys.argv[1] == "fast"})
 tables = data.prepare(settings.data)
 trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), own, 0)
-row = retriever.test_row(trained, tables, settings)
+row = retriever.summary_row(trained, tables, settings)
 print(row["seconds_to_95"], trained.curve["peak_memory_mb"].iloc[-1], row["valid NDCG@10"])
 """
 
@@ -100,7 +100,7 @@ def ladder(level: int, cut: list[np.ndarray], n_items: int, params: Any) -> Rung
     return Rung(model, loss, epoch)
 
 
-def bench_sasrec() -> Iterator[Figure]:
+def bench_sasrec() -> Iterator[Timing]:
     """Time training of SASRec step by step from the textbook version, inference, and time to 95 % of the best NDCG@10."""
     params = SasrecParams(hidden=64, layers=2, heads=2, dropout=0.2, max_length=200, batch_size=128, fast=True)
     tables = data.prepare(DataParams(source="ml-1m"))
@@ -116,22 +116,22 @@ def bench_sasrec() -> Iterator[Figure]:
         for level, label in enumerate(LADDER):
             times.append(machine.seconds(ladder(level, cut, n_items, params).epoch))
             before, ratio = (LADDER[level - 1], times[-2] / times[-1]) if level else ("", None)
-            yield Figure(f"ladder_{name}_{level}: {label}", count / times[-1], "interactions/s", before, ratio)
-        yield Figure(f"train_textbook_{name}", count / times[0], "interactions/s")
-        yield Figure(f"train_vs_textbook_{name}", count / times[-1], "interactions/s", "textbook", times[0] / times[-1])
+            yield Timing(f"ladder_{name}_{level}: {label}", count / times[-1], "interactions/s", before, ratio)
+        yield Timing(f"train_textbook_{name}", count / times[0], "interactions/s")
+        yield Timing(f"train_vs_textbook_{name}", count / times[-1], "interactions/s", "textbook", times[0] / times[-1])
         order, size = rng.permutation(len(cut)), params.batch_size
         random = [order[start : start + size] for start in range(0, len(cut), size)]
-        yield Figure(f"padding_{name}_full", 1 - count / (len(cut) * params.max_length), "share")
-        yield Figure(f"padding_{name}_batch", sasrec.padding_share(lengths - 1, random), "share")
-        yield Figure(f"padding_{name}_bucketed", sasrec.padding_share(lengths - 1, sasrec.batches(lengths, size, rng)), "share")
+        yield Timing(f"padding_{name}_full", 1 - count / (len(cut) * params.max_length), "share")
+        yield Timing(f"padding_{name}_batch", sasrec.padding_share(lengths - 1, random), "share")
+        yield Timing(f"padding_{name}_bucketed", sasrec.padding_share(lengths - 1, sasrec.batches(lengths, size, rng)), "share")
     yield from bench_encoding(tables, params)
     slow, fast = process(TO_95, "plain")[1], process(TO_95, "fast")[1]
-    yield Figure("seconds_to_95_ml100k", fast[0], "s", f"fast: false, {slow[0]:.1f} s", slow[0] / fast[0])
-    yield Figure("peak_to_95_ml100k", fast[1], "MB", f"fast: false, {slow[1]:.0f} MB")
-    yield Figure("valid_ndcg10_ml100k", fast[2], "", f"fast: false, {slow[2]:.4f}")
+    yield Timing("seconds_to_95_ml100k", fast[0], "s", f"fast: false, {slow[0]:.1f} s", slow[0] / fast[0])
+    yield Timing("peak_to_95_ml100k", fast[1], "MB", f"fast: false, {slow[1]:.0f} MB")
+    yield Timing("valid_ndcg10_ml100k", fast[2], "", f"fast: false, {slow[2]:.4f}")
 
 
-def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
+def bench_encoding(tables: Any, params: Any) -> Iterator[Timing]:
     """Time encoding, full ranking and retrieval on MovieLens-1M, compared with bare matrix products of the same shapes.
 
     The weights are random, because the time does not depend on them.
@@ -156,7 +156,7 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
     with torch.inference_mode():
         bare, whole = machine.seconds(products), machine.seconds(lambda: model(ids))
         flop = params.layers * (2 * batch * length * width * 6 * width + 4 * batch * params.heads * length**2 * head)
-        yield Figure(
+        yield Timing(
             "encode_vs_matmul_rate", flop / whole / 1e9, "GFLOP/s", f"bare products, {flop / bare / 1e9:.0f}", bare / whole
         )
         test = tables.windows[tables.windows["split"] == "test"]
@@ -168,8 +168,8 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
                 model.scores(encoded[start : start + 1024]).argsort(descending=True)
 
         counting, sorting = machine.seconds(lambda: sasrec.rank_states(model, encoded, queries)), machine.seconds(sort)
-        yield Figure("full_ranking_6040_users_s", counting, "s", f"product and sorting, {sorting:.2f} s", sorting / counting)
-        yield Figure("full_ranking_users", len(encoded) / counting, "users/s")
+        yield Timing("full_ranking_6040_users_s", counting, "s", f"product and sorting, {sorting:.2f} s", sorting / counting)
+        yield Timing("full_ranking_users", len(encoded) / counting, "users/s")
         users = list(items)
         positions = [np.arange(1, len(items[user])) for user in users]
         prefixes = torch.randn(sum(map(len, positions)), width)
@@ -186,4 +186,4 @@ def bench_encoding(tables: Any, params: Any) -> Iterator[Figure]:
                 (prefixes[start : start + 256] @ model.items.weight.T).topk(50)
 
         bare, whole = machine.seconds(matmul_and_topk), machine.seconds(retrieve)
-        yield Figure("retrieve_vs_matmul_topk", whole, "s", f"matrix product + topk, {bare:.1f} s", whole / bare)
+        yield Timing("retrieve_vs_matmul_topk", whole, "s", f"matrix product + topk, {bare:.1f} s", whole / bare)

@@ -1,7 +1,7 @@
-"""Stage 01: interactions and items from a source, as tables, with the split and the windows.
+"""Stage 01: read a data source and write its tables, with the split and the windows.
 
-All sources end in the same tables (see :mod:`corec.data.tables`), so no later stage knows where the data came from.
-:func:`prepare` makes all of them.
+All sources give the same tables (see :mod:`corec.data.tables`), so later stages do not depend on the source. :func:`prepare`
+makes all tables.
 """
 
 from corec.data.preparation import category_tags, fill_categories, prepare, tagger_quality

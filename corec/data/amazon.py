@@ -1,8 +1,8 @@
-"""Amazon Review Data 2018 (Ni, Li and McAuley, EMNLP 2019): its files, read as a stream, and the dirt in them.
+"""Reader of Amazon Review Data 2018 (Ni, Li and McAuley, EMNLP 2019), as a stream; unusable rows are counted.
 
-A category has two files of JSON lines: reviews and metadata. DuckDB decompresses, parses, joins and counts within a
-fixed memory. Only users who can pass the split's first test ever reach Python, so memory does not grow
-with the number of reviews. Rows that cannot be used are counted by reason and left out.
+A category has two files of JSON lines: reviews and metadata. DuckDB decompresses, parses, joins and counts them within a
+memory limit. Only the reviews of users who pass the first condition of the split are loaded into Python, so memory does not
+grow with the number of reviews. Unusable rows are dropped and counted by reason.
 """
 
 import difflib
@@ -23,10 +23,10 @@ from corec.data.salvage import GZIP, is_whole, salvage
 from corec.data.tables import Raw, complete
 from corec.params import DataParams
 
-# What DuckDB may use; beyond it, it works on disk. Two threads: gzip comes as one stream, and each has its own buffers.
+# Limits of DuckDB; above MEMORY it spills to disk. Two threads: gzip is a single stream, and each thread has its own buffers.
 MEMORY, THREADS = "300MB", 2
 
-PART = 1_500_000  # reviews whose users are counted at a time
+PART = 1_500_000  # reviews counted per pass; a pass covers a share of the users
 
 CATEGORIES = (
     "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories "
@@ -40,7 +40,13 @@ SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl", ".gz", "")
 
 
 def find(folder: Path, name: str) -> Path:
-    """The file of this name in a folder, packed or plain (raises CorecError when there is none)."""
+    """Return the path of the file `name` in `folder`, compressed or plain (see :data:`SUFFIXES`).
+
+    Raises
+    ------
+    CorecError
+        If there is no such file.
+    """
     for suffix in SUFFIXES:
         if (folder / f"{name}{suffix}").is_file():
             return folder / f"{name}{suffix}"
@@ -51,12 +57,12 @@ def find(folder: Path, name: str) -> Path:
 
 
 def find_files(params: DataParams) -> list[Path]:
-    """Review and metadata file of a category: in the folder that `data.path` names, else downloaded.
+    """Return the review file and the metadata file of ``data.category``, from the folder `data.path` or downloaded.
 
     Raises
     ------
     CorecError
-        For an unknown category, a missing file, or a download that fails.
+        If no category is given, the category is unknown, a file is missing, or a download fails.
     """
     if params.category is None:
         raise CorecError("Parameter data.category is empty: name a category of the files, such as Gift_Cards.")
@@ -75,9 +81,21 @@ def find_files(params: DataParams) -> list[Path]:
 
 
 def read(files: list[Path], params: DataParams) -> Raw:
-    """Interactions and items of a category.
+    """Read interactions and items of a category.
 
-    Reviews are loaded by a thread while the metadata is parsed: both wait for their decompression most of the time.
+    A thread loads the reviews while the metadata is parsed: both spend most of their time in decompression.
+
+    Parameters
+    ----------
+    files
+        Review file and metadata file (see :func:`find_files`).
+    params
+        Parameters of stage 01.
+
+    Raises
+    ------
+    CorecError
+        If a file cannot be read or has no usable line.
     """
     reviews, metadata = files
     dirt = Counter[tuple[str, str]]()
@@ -92,22 +110,32 @@ def read(files: list[Path], params: DataParams) -> Raw:
 
 
 def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[tuple[str, str]]) -> pd.DataFrame:
-    """Items of a metadata file, in its order; of one that is listed again, the first.
+    """Read the items of a metadata file, in the file's order; of repeated items, the first is kept.
+
+    Parameters
+    ----------
+    path, scratch
+        The file, and a folder for temporary files.
+    params
+        Parameters of stage 01; `brand` selects the normalisation.
+    dirt
+        Counts of faults by field and reason; updated in place.
 
     Returns
     -------
-    Columns ``item_id title brand brand_raw rank price category description description_start``: prices in dollars, the rank the
-    best of any list, the description only whether there is one, and its first words where the title is missing.
+    Columns ``item_id title brand brand_raw rank price category description description_start``. ``price`` is in dollars, ``rank``
+    is the smallest rank in any list, ``description`` is True if there is a description, and ``description_start`` holds its first
+    300 characters if the title may be missing.
 
     Raises
     ------
     CorecError
-        When the file cannot be read (see :func:`load_lines`), or no line of it names an item.
+        If the file cannot be read (see :func:`load_lines`), or no line names an item.
     """
     fields = dict.fromkeys((*FIELDS, "description"), "VARCHAR")
     parts, faults = [], Counter[str]()
-    described = "coalesce(regexp_matches(description, '[[:alnum:]]'), false) as description"  # [] and [""] are none
-    # Kept only where the title may turn out to be missing: few descriptions are held in memory.
+    described = "coalesce(regexp_matches(description, '[[:alnum:]]'), false) as description"  # [] and [""] count as none
+    # The description is kept only if the title may be missing, so that few descriptions are in memory.
     doubtful = "title is null or not regexp_matches(title, '[[:alnum:]]') or regexp_matches(title, '[<{]|function')"
     text = "case when json_valid(description) then coalesce(json_extract_string(description, '$[0]'), '') else description end"
     started = f"case when {doubtful} then substr({text}, 1, 300) end as description_start"
@@ -139,9 +167,9 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
 
 
 def load_reviews(path: Path, scratch: Path) -> Counter[str]:
-    """Load a review file's rows into a database in `scratch`; returns the faults of its compression.
+    """Load the rows of a review file into a database in `scratch`; returns the counts of compression faults.
 
-    No join yet: it would shuffle the rows, and ``rowid`` has to count in the file's order.
+    The rows are not joined here: a join would change their order, and ``rowid`` must follow the file's order.
     """
     columns = {"reviewerID": "VARCHAR", "asin": "VARCHAR", "overall": "FLOAT", "unixReviewTime": "BIGINT"}
     query = (
@@ -157,20 +185,26 @@ def load_reviews(path: Path, scratch: Path) -> Counter[str]:
 def choose_reviews(
     path: Path, scratch: Path, items: pd.DataFrame, params: DataParams, dirt: Counter[tuple[str, str]]
 ) -> pd.DataFrame:
-    """Of the loaded reviews, those of complete items by users with enough of them, in the file's order.
+    """Select the reviews of complete items by users with enough of them, in the file's order.
 
-    It is long because its queries are to be read in one piece.
+    The function is long because its queries are to be read in one piece.
 
-    Which users pass is decided as :func:`corec.data.split_by_time` will: the first review of a user and an item
-    counts; protocol ``paper`` keeps the `max_users` with the most, of those with `min_interactions` or more, and the
-    `latest` of each.
+    The users are the same that :func:`corec.data.split_by_time` selects. Only the first review of an item by a user counts.
+    Split ``paper`` keeps users with at least `min_interactions`, of these the `max_users` with the most, and the `latest`
+    reviews of each. Split ``leave-one-out`` keeps users with at least `core`.
 
     Parameters
     ----------
     path
-        The file that was loaded.
+        The file that :func:`load_reviews` loaded, for messages.
+    scratch
+        Folder of the database.
     items
         Columns ``item_id`` and ``complete``.
+    params
+        Parameters of stage 01.
+    dirt
+        Counts of dropped rows by reason; updated in place.
 
     Returns
     -------
@@ -179,13 +213,13 @@ def choose_reviews(
     Raises
     ------
     CorecError
-        When no line of the file has all four.
+        If no line of the file has all four.
     """
     known = items[["item_id", "complete"]].assign(item=np.arange(len(items), dtype=np.int32))
     usable = "user_id is not null and asin is not null and timestamp is not null and rating is not null"
-    least = params.min_interactions if params.protocol == "paper" else params.core
+    least = params.min_interactions if params.split == "paper" else params.core
     most, latest = 2**60, 2**60
-    if params.protocol == "paper":
+    if params.split == "paper":
         most, latest = params.max_users, max(params.latest, least)
     with open_database(scratch, "reviews.duckdb") as database:
         database.register("known", known)
@@ -196,13 +230,13 @@ def choose_reviews(
         if rows == bad:
             raise not_of_the_format(path, "reviewerID, asin, overall and unixReviewTime")
         database.execute("create table firsts (user_id varchar, item integer, place bigint)")
-        kept, parts = 0, 1 + rows // PART
-        for part in range(parts):  # a share of the users at a time: what is counted in memory stays small
+        distinct, parts = 0, 1 + rows // PART
+        for part in range(parts):  # one share of the users per pass, which limits memory
             database.execute(
                 "create or replace temp table pairs as select user_id, item, min(reviews.rowid) as place from reviews join known "
                 f"on asin = item_id where {usable} and complete and hash(user_id) % {parts} = {part} group by all"
             )
-            kept += database.execute("select count(*) from pairs").fetchall()[0][0]
+            distinct += database.execute("select count(*) from pairs").fetchall()[0][0]
             database.execute(
                 "insert into firsts select * from pairs where user_id in "
                 f"(select user_id from pairs group by user_id having count(*) >= {least})"
@@ -216,7 +250,7 @@ def choose_reviews(
     dirt["reviews", "line without user, item, rating or time"] += bad
     dirt["reviews", "review without metadata"] += stray
     dirt["reviews", "review of an incomplete item"] += incomplete
-    dirt["reviews", "item reviewed again by the same user"] += rows - bad - stray - incomplete - kept
+    dirt["reviews", "item reviewed again by the same user"] += rows - bad - stray - incomplete - distinct
     return table.assign(item_id=items["item_id"].to_numpy()[table.pop("item")])
 
 
@@ -225,14 +259,25 @@ def load_lines(
 ) -> None:
     """Run `query`, in which ``{lines}`` stands for the JSON lines of a file.
 
-    DuckDB decompresses and parses as a stream, in the file's order. It takes the wanted columns only, values of
-    another type as text, and makes a row of NULLs of a line that is no JSON. A thread checks the compression
-    meanwhile; a file in which it is broken is salvaged and loaded again.
+    DuckDB decompresses and parses as a stream, in the file's order. It reads only the given columns, reads values of another type
+    as text, and turns a line that is not JSON into a row of NULLs. A thread checks the compression at the same time; if it is
+    broken, the file is salvaged and loaded again.
+
+    Parameters
+    ----------
+    database, query
+        Connection, and the SQL statement to run.
+    columns
+        SQL type of each column, by name.
+    path, scratch
+        The file, and a folder for the salvaged copy.
+    faults
+        Counts of compression faults; updated in place.
 
     Raises
     ------
     CorecError
-        When the file cannot be read, is no text of lines, or the disk is full.
+        If the file cannot be read, is not text in lines, or the disk is full.
     """
     wanted = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
     form = f"format='newline_delimited', columns={{{wanted}}}, ignore_errors=true"
@@ -268,19 +313,19 @@ def load_lines(
 
 
 def quoted(path: Path) -> str:
-    """A path as SQL text; braces and wildcards in it stand for themselves."""
+    """Return a path as an SQL string literal: quotes and the wildcards ``[ ] * ?`` are escaped, braces stay as they are."""
     return "'" + re.sub(r"([\[\]*?])", r"[\1]", str(path)).replace("'", "''") + "'"
 
 
 def open_database(scratch: Path, name: str) -> duckdb.DuckDBPyConnection:
-    """A database on disk that stays within `MEMORY`, and spills to `scratch`."""
+    """Open a database on disk that uses at most `MEMORY` and spills to `scratch`."""
     return duckdb.connect(
         str(scratch / name), config={"memory_limit": MEMORY, "threads": THREADS, "temp_directory": str(scratch)}
     )
 
 
 def not_of_the_format(path: Path, fields: str) -> CorecError:
-    """What to say of a file without a single usable line."""
+    """Return the error for a file without a usable line."""
     return CorecError(
         f"{path} is not of the format of Amazon Review Data 2018: no line of it is a JSON object with {fields}; "
         "delete it (it is then downloaded again), or name another folder in data.path."

@@ -1,4 +1,4 @@
-"""RecBole's atomic files: tab-separated text whose header says ``name:type``, one file of interactions and one of items."""
+"""Reader of RecBole's atomic files: tab-separated text with a ``name:type`` header, one file of interactions and one of items."""
 
 import csv
 from collections import Counter
@@ -14,12 +14,12 @@ from corec.data.tables import Raw, complete
 from corec.params import DataParams
 
 Dirt = Counter[tuple[str, str]]
-# Columns of the items table that stage 01 makes itself.
+# Columns of the items table that stage 01 computes.
 DERIVED = ("item", "train_count", "popularity_rank", "mean_rating", "rating_std", "complete", "category_from")
 
 
 class Lines(NamedTuple):
-    """A file's whole lines as text, the type of each column, and how many lines have too few or too many fields."""
+    """Complete lines of a file as text, the type of each column, and the number of lines with too few or too many fields."""
 
     table: pd.DataFrame
     types: dict[str, str]
@@ -27,12 +27,12 @@ class Lines(NamedTuple):
 
 
 def read_lines(path: Path) -> Lines:
-    """Read an atomic file; lines that do not have as many fields as the header are left out and counted.
+    """Read an atomic file; lines with another number of fields than the header are dropped and counted.
 
     Raises
     ------
     CorecError
-        When the file is missing, is no text, or has no header.
+        If the file is missing, is not text, or has no header.
     """
     if not path.exists():
         raise CorecError(f"{path} is missing: put the file there, or leave the parameter data.path empty.")
@@ -50,32 +50,32 @@ def read_lines(path: Path) -> Lines:
 
 
 def find_pair(folder: Path) -> list[Path]:
-    """The ``.inter`` and the ``.item`` file of a folder that holds one of each.
+    """Return the ``.inter`` and the ``.item`` file of a folder.
 
     Raises
     ------
     CorecError
-        When the folder holds none, or more than one.
+        If the folder does not hold exactly one of each.
     """
-    found = []
+    pair = []
     for suffix in ("inter", "item"):
         files = sorted(folder.glob(f"*.{suffix}"))
         if len(files) != 1:
             what = f"several .{suffix} files ({', '.join(file.name for file in files)})" if files else f"no .{suffix} file"
             raise CorecError(f"Parameter data.path: {folder} holds {what}: leave one .inter and one .item file there.")
-        found += files
-    return found
+        pair += files
+    return pair
 
 
 def require_columns(lines: Lines, path: Path, *wanted: str) -> None:
-    """Raise CorecError unless a file has all `wanted` columns."""
+    """Raise CorecError unless the file has all `wanted` columns."""
     for name in wanted:
         if name not in lines.table:
             raise CorecError(f"{path} has no column {name!r} (it has {', '.join(lines.table.columns)}): add it to the header.")
 
 
 def to_numbers(column: pd.Series, dirt: Dirt, name: str) -> pd.Series:
-    """Finite numbers of a column of text, NaN where there is none; counts what is missing and what is not a number."""
+    """Convert a column of text to finite numbers, NaN for other values; counts missing values and values that are not numbers."""
     numbers = pd.to_numeric(column, errors="coerce").replace([np.inf, -np.inf], np.nan)
     blank = column.fillna("").str.strip() == ""
     dirt[name, "missing"] += int(blank.sum())
@@ -84,7 +84,17 @@ def to_numbers(column: pd.Series, dirt: Dirt, name: str) -> pd.Series:
 
 
 def drop_unusable(interactions: pd.DataFrame, items: pd.DataFrame, dirt: Dirt) -> pd.DataFrame:
-    """Leave out, and count, interactions with unknown or incomplete items and repeated ones; the first in the file counts."""
+    """Drop and count interactions with unknown or incomplete items, and repeated ones (the first in the file is kept).
+
+    Parameters
+    ----------
+    interactions
+        Columns ``user_id item_id``, in the file's order.
+    items
+        Columns ``item_id complete``.
+    dirt
+        Counts of dropped rows by reason; updated in place.
+    """
     known = interactions["item_id"].isin(items["item_id"])
     dirt["interactions", "item without a line in the item file"] += int((~known).sum())
     whole = interactions["item_id"].isin(items.loc[items["complete"], "item_id"])
@@ -95,16 +105,23 @@ def drop_unusable(interactions: pd.DataFrame, items: pd.DataFrame, dirt: Dirt) -
 
 
 def read(files: list[Path], params: DataParams) -> Raw:
-    """Interactions and items of a user's own atomic files.
+    """Read interactions and items from a user's own atomic files.
 
-    The first file needs the columns ``user_id item_id timestamp`` and may have ``rating``; the second needs ``item_id`` and
-    ``title`` (or ``movie_title``). All its further columns become attributes: ``token`` as text, ``token_seq`` as a list that is
-    split at spaces, ``float`` as a number. Rows and values that cannot be used are left out and counted.
+    The first file needs the columns ``user_id item_id timestamp`` and may have ``rating``. The second needs ``item_id`` and
+    ``title`` (or ``movie_title``); each further column becomes an attribute: ``token`` as text, ``token_seq`` as a list split at
+    spaces, ``float`` as a number. Unusable rows and values are dropped and counted.
+
+    Parameters
+    ----------
+    files
+        The ``.inter`` and the ``.item`` file.
+    params
+        Parameters of stage 01; `required` names what an item must have.
 
     Raises
     ------
     CorecError
-        When a file or a column is missing, a column has a name that stage 01 uses itself, or no line can be used.
+        If a file or a column is missing, a column has a name that stage 01 uses itself, or no line is usable.
     """
     dirt: Dirt = Counter()
     inter, item = (read_lines(path) for path in files)
@@ -146,6 +163,12 @@ def read(files: list[Path], params: DataParams) -> Raw:
 
 
 def files_of(params: DataParams) -> list[Path]:
-    """The pair of files in the folder that ``data.path`` names (raises CorecError, see :func:`find_pair`)."""
+    """Return the pair of files in the folder `data.path`.
+
+    Raises
+    ------
+    CorecError
+        See :func:`find_pair`.
+    """
     assert params.path is not None, "checked by DataParams"
     return find_pair(paths.from_root(params.path))

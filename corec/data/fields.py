@@ -1,4 +1,4 @@
-"""Fields of Amazon Review Data 2018, one parser each: a value, or the reason why there is none."""
+"""Parsers of the fields of Amazon Review Data 2018: each returns a value, or the reason why there is none."""
 
 import html
 import json
@@ -13,46 +13,46 @@ import pyarrow as pa
 
 
 class Parsed(NamedTuple):
-    """What a field holds: its value, or None and the reason why there is none."""
+    """Result of a parser: the value, or None and the reason."""
 
     value: str | float | None
     fault: str = ""
 
 
 def parse_price(text: str | None) -> Parsed:
-    """Dollars of ``$12.99`` or ``$1,234.56``; none for a range, as in the paper, or for anything else."""
+    """Price in dollars from ``$12.99`` or ``$1,234.56``; None for a range, as in the paper, and for any other text."""
     text = (text or "").strip()
     if not text or text == "[]":
         return Parsed(None, "missing")
-    if found := re.fullmatch(r"\$?\s*(\d[\d,]{0,14}(?:\.\d{1,4})?|\.\d{1,4})", text, re.ASCII):
-        return Parsed(float(found[1].replace(",", "")))
+    if match := re.fullmatch(r"\$?\s*(\d[\d,]{0,14}(?:\.\d{1,4})?|\.\d{1,4})", text, re.ASCII):
+        return Parsed(float(match[1].replace(",", "")))
     return Parsed(None, "range" if re.match(r"\$[\d,.]+\s*-\s*\$[\d,.]+", text) else "not a price")
 
 
 def strings(text: str | None) -> list[str]:
-    """The strings of a field that is a JSON list, or one plain string, or empty."""
+    """Strings of a field that is a JSON list, one plain string, or empty."""
     text = (text or "").strip()
     if text.startswith("["):
         try:
-            found = json.loads(text)
+            entries = json.loads(text)
         except (ValueError, RecursionError):
             return [text]
-        return [entry for entry in found if isinstance(entry, str) and entry.strip()]
+        return [entry for entry in entries if isinstance(entry, str) and entry.strip()]
     return [text] if text else []
 
 
 def parse_rank(text: str | None) -> Parsed:
-    """The best rank among ``>#1,234 in Electronics (See Top 100 …)``, one string or a list of them."""
+    """Smallest rank among entries like ``>#1,234 in Electronics (See Top 100 …)``, one string or a list of them."""
     entries = strings(text)
     if not entries:
         return Parsed(None, "missing")
-    found = [match[1] for entry in entries if (match := re.match(r"\W*(\d[\d,]{0,14})(?: Paid| Free)? in\b", entry, re.ASCII))]
-    ranks = [number for digits in found if (number := int(digits.replace(",", ""))) > 0]
+    texts = [match[1] for entry in entries if (match := re.match(r"\W*(\d[\d,]{0,14})(?: Paid| Free)? in\b", entry, re.ASCII))]
+    ranks = [number for digits in texts if (number := int(digits.replace(",", ""))) > 0]
     return Parsed(float(min(ranks))) if ranks else Parsed(None, "not a rank")
 
 
 def parse_title(text: str | None) -> Parsed:
-    """The title without tags and entities; none when a script or a style sheet stands in its place."""
+    """Title without tags and entities; None if the field holds a script or a style sheet."""
     text = (text or "").strip()
     if not text:
         return Parsed(None, "missing")
@@ -63,14 +63,18 @@ def parse_title(text: str | None) -> Parsed:
 
 
 def plain(text: str) -> str:
-    """Text without entities, tags (also one that was cut off) and double spaces."""
+    """Text without entities, tags (also a tag cut off at the end) and repeated spaces."""
     if "<" in text or "&" in text:
         text = re.sub(r"<[a-zA-Z/!][^<>]{0,2000}(?:>|$)", " ", html.unescape(text))
     return " ".join(text.split())
 
 
 def parse_brand(text: str | None, normalise: bool = False) -> Parsed:
-    """The brand; `normalise` drops ``by``, case and double spaces, and takes ``Unknown`` for none."""
+    """Brand name; None if missing, or if the field holds something else.
+
+    `normalise` removes case, a leading ``by`` or ``visit the`` and repeated spaces, and treats ``unknown``, ``generic`` and the
+    like as missing.
+    """
     text = plain(text or "")
     if normalise:
         text = re.sub(r"^(?:visit the|by)(?:\s+|$)", "", text.casefold()).strip(" .,;:-")
@@ -80,10 +84,10 @@ def parse_brand(text: str | None, normalise: bool = False) -> Parsed:
 
 
 def parse_category(text: str | None) -> Parsed:
-    """The leaf of the category list, without entities.
+    """Last category of the category list, without entities.
 
-    In many lists lines of the description follow the categories; the first entry that reads like one (a sentence,
-    more than six words, a percentage) ends the list.
+    In many lists, lines of the description follow the categories. The list is cut at the first entry that reads like a
+    description: a sentence, more than six words or 60 characters, or one of ``% < {``.
     """
     leaf = None
     for entry in strings(text):
@@ -100,14 +104,14 @@ PARSERS = {"title": parse_title, "rank": parse_rank, "price": parse_price, "cate
 
 
 class Column(NamedTuple):
-    """A parsed column: its values, None or NaN where there is none, and how many rows have which fault."""
+    """A parsed column: its values (None or NaN if missing), and the number of rows by fault."""
 
     values: pd.Series
     faults: Counter[str]
 
 
 def parse_column(column: pa.Array, parse: Callable[[str | None], Parsed]) -> Column:
-    """Parse every distinct text of a column once."""
+    """Parse a column; each distinct text is parsed once."""
     encoded = column.dictionary_encode("encode")
     texts = encoded.dictionary.to_pylist()
     values, reasons = zip(*map(parse, texts), strict=True) if texts else ((), ())

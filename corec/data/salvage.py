@@ -1,4 +1,4 @@
-"""Broken gzip files: what is whole in them, member by member."""
+"""Recovery of the readable parts of broken gzip files, member by member."""
 
 import re
 from collections import Counter
@@ -10,22 +10,29 @@ from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
 BLOCK = 1 << 16  # bytes read from a file at a time
-GZIP = b"\x1f\x8b\x08"  # how every gzip member begins
+GZIP = b"\x1f\x8b\x08"  # first bytes of a gzip member
 
 
 def plain_blocks(file: BinaryIO, faults: Counter[str]) -> Iterator[bytes]:
-    """The file's bytes, decompressed where it is gzip; after a fault, from the next member on.
+    """Yield the bytes of a file, decompressed if it is gzip; after a fault, continue at the next member.
 
-    What a block of `BLOCK` packed bytes held is lost with a fault in it; a fault counts once, however many bytes
-    after it look like the beginning of a member.
+    The content of the block of `BLOCK` compressed bytes that holds the fault is lost. A fault counts once, even if several byte
+    sequences after it look like the start of a member.
+
+    Parameters
+    ----------
+    file
+        The file, at its start.
+    faults
+        Counts of faults by reason; updated in place.
     """
     rest = file.read(BLOCK)
     if not rest.startswith(GZIP):
         while rest:
             yield rest
             rest = file.read(BLOCK)
-    whole = True  # since the last fault, something could be read
-    while rest:  # one member a turn
+    whole = True  # whether anything was read since the last fault
+    while rest:  # one member per iteration
         engine = isal_zlib.decompressobj(wbits=31)
         try:
             while True:
@@ -39,27 +46,35 @@ def plain_blocks(file: BinaryIO, faults: Counter[str]) -> Iterator[bytes]:
                     faults["gzip file cut short"] += 1
                     return
             rest = engine.unused_data.lstrip(b"\0")
-            while not rest and (more := file.read(BLOCK)):  # a member may be followed by padding
+            while not rest and (more := file.read(BLOCK)):  # skip padding after a member
                 rest = more.lstrip(b"\0")
-        except IsalError:  # type: ignore[misc]  # (its stub makes an instance of it)
+        except IsalError:  # type: ignore[misc]  # its stub declares an instance
             faults["gzip member broken"] += whole
             whole = False
-            yield b"\n"  # ends the line that was cut
+            yield b"\n"  # end the line that was cut off
             rest = next_member(rest[1:], file)
 
 
 def next_member(block: bytes, file: BinaryIO) -> bytes:
-    """Bytes from what looks like the next gzip member on; empty at the end of the file."""
-    while not (found := re.search(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", block, re.DOTALL)):
+    """Return the bytes from the next probable gzip header on; empty at the end of the file.
+
+    Parameters
+    ----------
+    block
+        Bytes that are already read.
+    file
+        The file, after `block`.
+    """
+    while not (match := re.search(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", block, re.DOTALL)):
         more = file.read(BLOCK)
         if not more:
             return b""
         block = block[-9:] + more
-    return block[found.start() :]
+    return block[match.start() :]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a gzip file decompresses to its end and its checksums are right (DuckDB does not look at them)."""
+    """Whether a gzip file decompresses to its end with correct checksums, which DuckDB does not check."""
     faults = Counter[str]()
     with path.open("rb") as file:
         for _ in plain_blocks(file, faults):
@@ -69,7 +84,7 @@ def is_whole(path: Path) -> bool:
 
 
 def salvage(source: Path, scratch: Path, faults: Counter[str]) -> Path:
-    """A plain copy in `scratch` of what can be read of a broken file."""
+    """Write the readable parts of a broken file, decompressed, to a file in `scratch`; returns its path."""
     target = scratch / f"{source.name}.salvaged"
     with source.open("rb") as file, target.open("wb") as sink:
         for block in plain_blocks(file, faults):

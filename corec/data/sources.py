@@ -1,4 +1,4 @@
-"""The sources by name: where their files are, and how they are read."""
+"""Data sources by name: where their files are and how they are read."""
 
 import difflib
 from collections.abc import Callable
@@ -13,7 +13,15 @@ from corec.params import DataParams
 
 @dataclass(frozen=True)
 class Source:
-    """A named data set."""
+    """A data source.
+
+    Attributes
+    ----------
+    files
+        Function that returns the paths of the files, downloaded if necessary.
+    read
+        Function that reads these files.
+    """
 
     files: Callable[[DataParams], list[Path]]
     read: Callable[[list[Path], DataParams], Raw]
@@ -28,7 +36,13 @@ SOURCES = {
 
 
 def find_source(params: DataParams) -> Source:
-    """The configured source (raises CorecError for an unknown one)."""
+    """Return the source `data.source`.
+
+    Raises
+    ------
+    CorecError
+        If there is no source of that name.
+    """
     if params.source not in SOURCES:
         near = difflib.get_close_matches(params.source, SOURCES, n=1, cutoff=0)[0]
         raise CorecError(
@@ -39,11 +53,11 @@ def find_source(params: DataParams) -> Source:
 
 
 def source_files(params: DataParams) -> list[Path]:
-    """The raw files of the configured source, downloaded when no path is given.
+    """Return the raw files of the configured source, downloaded if no `data.path` is given.
 
     Raises
     ------
     CorecError
-        For an unknown source, a missing file, or a download that fails.
+        If the source is unknown, a file is missing, or a download fails.
     """
     return find_source(params).files(params)

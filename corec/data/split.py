@@ -1,4 +1,4 @@
-"""From raw interactions to the split, the items that occur, and the windows."""
+"""From raw interactions to the split, the items table and the windows."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from corec.params import DataParams
 
 
 def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
-    """Drop users and items with fewer than `core` interactions, until none is left to drop."""
+    """Drop users and items with fewer than `core` interactions, repeatedly, until all have enough."""
     while True:
         counts = [interactions.groupby(name)[name].transform("size") for name in ("user_id", "item_id")]
         keep = (counts[0] >= core) & (counts[1] >= core)
@@ -19,22 +19,33 @@ def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
 
 
 def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
-    """Choose users, sort their interactions by time and mark each as train, valid or test.
+    """Select users, sort their interactions by time, and assign each interaction to train, valid or test.
 
-    Of several interactions of a user with one item, the first in the file counts.
+    Only the first interaction in the file of a user with an item is kept.
 
-    ``paper``: users with at least `min_interactions`, of them the `max_users` with the most, their `latest`;
-    the first 80 % train, 10 % validate, 10 % test (method of the authors' code: 50 records give 40/5/5).
-    ``leave-one-out``: the `core`-core; a user's last interaction tests, the one before it validates.
+    ``paper``: users with at least `min_interactions`, of these the `max_users` with the most, their `latest` interactions; the
+    first 80 % for training, then 10 % for validation and 10 % for testing (as in the authors' code: 50 records give 40/5/5).
+    ``leave-one-out``: the `core`-core; the last interaction of each user for testing, the one before it for validation.
 
     Parameters
     ----------
     interactions
-        Columns ``user_id item_id rating timestamp``, in the file's order.
+        Columns ``user_id item_id rating timestamp``, in the file's order, which breaks ties in time.
+    params
+        Parameters of stage 01.
+
+    Returns
+    -------
+    The columns above and ``user item position split``, sorted by user and time (see :mod:`corec.data.tables`).
+
+    Raises
+    ------
+    CorecError
+        If no user is left.
     """
     table = interactions.drop_duplicates(["user_id", "item_id"])
     steps = [(len(table), "distinct interactions")]
-    if params.protocol == "paper":
+    if params.split == "paper":
         length = table.groupby("user_id")["user_id"].transform("size")
         table = table[length >= params.min_interactions]
         steps.append((table["user_id"].nunique(), f"users with {params.min_interactions} or more"))
@@ -47,25 +58,31 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
     if table.empty:
         counts = ", ".join(f"{count:,} {what}" for count, what in steps)
         raise CorecError(
-            f"No user of {params.dataset!r} is left under protocol {params.protocol!r} ({counts}): "
+            f"No user of {params.dataset!r} is left under the split {params.split!r} ({counts}): "
             "lower data.min_interactions or data.core."
         )
     users, items = (pd.factorize(table[name])[0] for name in ("user_id", "item_id"))
     table = table.assign(user=users, item=items + 1).sort_values(["user", "timestamp"], kind="stable")
     by_user = table.groupby("user")["user"]
     position, length = by_user.cumcount(), by_user.transform("size")
-    held_out = (0.1 * length).round().clip(lower=1) if params.protocol == "paper" else 1
+    held_out = (0.1 * length).round().clip(lower=1) if params.split == "paper" else 1
     split = np.select([position >= length - held_out, position >= length - 2 * held_out], ["test", "valid"], "train")
     return table.assign(position=position, split=split).reset_index(drop=True)
 
 
 def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFrame:
-    """The items that occur, with what training interactions (and no others) tell of them.
+    """Table of the items that occur, with statistics of the training interactions only.
 
-    A missing title is replaced (see :func:`title_substitutes`; ``title_from`` says by what).
+    Adds ``train_count``, ``popularity_rank`` (1 = most training interactions), ``mean_rating`` and ``rating_std`` (of at least
+    3 ratings); all but the first are empty for items without training interactions. A missing title is replaced (see
+    :func:`title_substitutes`); ``title_from`` names the replacement.
 
-    Adds ``train_count``, ``popularity_rank`` (1 = most often in training), ``mean_rating`` and ``rating_std``
-    (of at least 3 ratings); empty where training never saw the item.
+    Parameters
+    ----------
+    items
+        All items of the source, with ``item_id`` and ``title``.
+    interactions
+        Result of :func:`split_by_time`.
     """
     ids = interactions.drop_duplicates("item")[["item", "item_id"]].sort_values("item")
     table = ids.merge(items, on="item_id", how="left", validate="one_to_one")
@@ -82,11 +99,11 @@ def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFr
 
 
 def title_substitutes(items: pd.DataFrame, length: int = 150) -> pd.DataFrame:
-    """What stands for an item's title where it has none: the start of its description, else its brand, its category, or both.
+    """Replacements for missing titles: the start of the description, or else brand and category, as far as they are known.
 
     Returns
     -------
-    Columns ``text`` (at most `length` characters; ``untitled`` where nothing is known) and ``source``.
+    Columns ``text`` (``untitled`` if nothing is known; a start of a description has at most `length` characters) and ``source``.
     """
     columns = {name: items[name] for name in ("description_start", "description", "brand", "category") if name in items}
     texts = {name: column.map(lambda text: plain(text) if isinstance(text, str) else "") for name, column in columns.items()}
@@ -107,10 +124,17 @@ def title_substitutes(items: pd.DataFrame, length: int = 150) -> pd.DataFrame:
 
 
 def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
-    """The re-ranker's examples: a target and the items just before it.
+    """Make the examples of the re-ranker: a target and the items just before it.
 
-    Training: every position with a full window before it (protocol ``paper``: window - 1 history items, else
-    `window`); validation and test: every held-out position, with up to `window` history items.
+    Training: every position with a full history before it (`window` items, or one fewer with the split ``paper``). Validation and
+    test: every held-out position, with up to `window` history items.
+
+    Parameters
+    ----------
+    interactions
+        Result of :func:`split_by_time`.
+    params
+        Parameters of stage 01.
 
     Returns
     -------
@@ -118,9 +142,9 @@ def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame
     """
     items, position = interactions["item"].to_numpy(), interactions["position"].to_numpy()
     train = (interactions["split"] == "train").to_numpy()
-    size = np.where(train, params.window - (params.protocol == "paper"), params.window)
+    size = np.where(train, params.window - (params.split == "paper"), params.window)
     rows = np.flatnonzero((position >= 1) & (~train | (position >= size)))
-    starts = rows - np.minimum(size, position)[rows]  # a user's rows lie together, in order
+    starts = rows - np.minimum(size, position)[rows]  # the rows of a user are consecutive, in order of time
     table = interactions.iloc[rows][["user", "split", "position"]].reset_index(drop=True)
     table["target"] = items[rows]
     table["history"] = [items[start:row].tolist() for start, row in zip(starts, rows, strict=True)]

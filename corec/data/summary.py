@@ -1,4 +1,4 @@
-"""The data card: counts, coverage of the attributes, and the rows that could not be used."""
+"""Data card: counts, coverage of the attributes, and unusable rows."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from corec.data.tables import FILES, Tables, filled
 
 
 def card(tables: Tables) -> dict[str, Any]:
-    """The data card: counts, sequence lengths, coverage of the attributes, and the rows that could not be used."""
+    """Data card: counts, quantiles of the sequence length, coverage of the attributes, and unusable rows by reason."""
     interactions, windows = tables.interactions, tables.windows
     lengths = interactions.groupby("user").size()
     users, n_items = interactions["user"].nunique(), len(tables.items)
@@ -29,19 +29,19 @@ def card(tables: Tables) -> dict[str, Any]:
 
 
 def faults(tables: Tables, fields: bool) -> dict[str, int]:
-    """Rows that could not be used, by file and reason; or, with `fields`, values that could not, of rows that were read."""
+    """Number of unusable rows by file and reason; with `fields`, of unusable values by field and reason."""
     rows = tables.dirt[(tables.dirt["rows"] > 0) & (tables.dirt["file"].isin(FILES) != fields)]
     return dict(zip(rows["file"] + ": " + rows["reason"], rows["rows"].astype(int).tolist(), strict=True))
 
 
 def item_stages(tables: Tables) -> dict[str, pd.DataFrame]:
-    """The items ``read`` (all of the source), those ``complete`` (with all that is required), and those ``used``."""
+    """Items after each step: ``read`` (all items of the source), ``complete`` (with all `data.required`), ``used``."""
     catalogue = tables.catalogue
     return {"read": catalogue, "complete": catalogue[catalogue["complete"]], "used": tables.items}
 
 
 def coverage(tables: Tables) -> pd.DataFrame:
-    """Share of the items that have each attribute, at each of :func:`item_stages` (empty where a stage knows no such column)."""
+    """Share of items that have each attribute, after each of :func:`item_stages` (NaN if the step has no such column)."""
     drop = ["item", "item_id", "title", "train_count", "brand_raw", "category_from", "complete", "description_start"]
     shares = {
         stage: {name: filled(items[name]).mean() for name in items.columns if name not in drop}
@@ -51,11 +51,11 @@ def coverage(tables: Tables) -> pd.DataFrame:
 
 
 def buckets(tables: Tables, scheme: str) -> pd.DataFrame:
-    """How many items each bucket of a scheme holds, at each of :func:`item_stages`.
+    """Number of items in each bucket of a scheme, after each of :func:`item_stages`.
 
     Returns
     -------
-    Columns ``attribute value stage items share``; the share is of the items that have the attribute.
+    Columns ``attribute value stage items share``; ``share`` is relative to the items that have the attribute.
     """
     rows = []
     for attribute in schemes.load_scheme(scheme):
@@ -68,8 +68,14 @@ def buckets(tables: Tables, scheme: str) -> pd.DataFrame:
 
 
 def brand_effect(catalogue: pd.DataFrame) -> pd.DataFrame:
-    """What brand normalisation does to a catalogue: brands, items without one, and the share of the ten largest."""
-    found = {
+    """Effect of brand normalisation: number of brands, items without a brand, share of the ten largest brands.
+
+    Parameters
+    ----------
+    catalogue
+        All items of the source, with ``brand_raw``.
+    """
+    brand_columns = {
         "as_is": catalogue["brand_raw"],
         "normalised": catalogue["brand_raw"].map(
             lambda brand: fields.parse_brand(brand, normalise=True).value, na_action="ignore"
@@ -77,6 +83,6 @@ def brand_effect(catalogue: pd.DataFrame) -> pd.DataFrame:
     }
     rows = {
         name: (brands.nunique(), int(brands.isna().sum()), round(float(brands.value_counts(normalize=True)[:10].sum()), 4))
-        for name, brands in found.items()
+        for name, brands in brand_columns.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["brands", "items without one", "share of the ten largest"])

@@ -1,13 +1,12 @@
-"""The tables that stage 01 makes, on disk and in memory.
+"""Tables of stage 01, on disk and in memory.
 
 - interactions: ``user user_id item rating timestamp position split``, sorted by user and time (stable: the file's order breaks
   ties). Users count from 0 and items from 1; item 0 is padding.
-- items: ``item item_id title`` and the raw attributes; those that derive from behaviour (``train_count``, ``popularity_rank``,
-  ``mean_rating``, ``rating_std``) know the training interactions only.
-- windows: ``window user split position target history``, the re-ranker's examples.
-- catalogue: every item of the source as it was read, before any is left out, with ``complete`` (has all that ``data.required``
-  names).
-- dirt: ``file reason rows``, the rows of a file that were left out, and the fields of items that hold no value.
+- items: ``item item_id title`` and the raw attributes; ``train_count``, ``popularity_rank``, ``mean_rating`` and ``rating_std``
+  are computed from training interactions only.
+- windows: ``window user split position target history``, the examples of the re-ranker.
+- catalogue: all items of the source as read, before any are dropped; ``complete`` marks those with all `data.required`.
+- dirt: ``file reason rows``, the number of dropped rows of each file, and of missing values of each field of the items.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ import pandas as pd
 
 from corec import CorecError, paths, stages
 
-FILES = ("interactions", "items", "reviews", "metadata")  # of the table of dirt; other names there are fields
+FILES = ("interactions", "items", "reviews", "metadata")  # values of dirt["file"] that are files; other values are fields
 
 
 class Tables(NamedTuple):
-    """The tables of a prepared data set (columns: see the module)."""
+    """Tables of a prepared data set (see :mod:`corec.data.tables` for the columns)."""
 
     interactions: pd.DataFrame
     items: pd.DataFrame
@@ -33,7 +32,7 @@ class Tables(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """What a source holds: interactions (``user_id item_id rating timestamp``, file order), catalogue and dirt."""
+    """Content of a source: interactions (``user_id item_id rating timestamp``, in the file's order), catalogue and dirt."""
 
     interactions: pd.DataFrame
     catalogue: pd.DataFrame
@@ -41,12 +40,19 @@ class Raw(NamedTuple):
 
 
 def complete(catalogue: pd.DataFrame, required: Sequence[str]) -> pd.Series:
-    """Which items have all of the `required` columns (a list counts when it is not empty, a flag when it is set).
+    """Mark the items that have all `required` columns: a non-empty list, a true flag, or a value that is not missing.
+
+    Parameters
+    ----------
+    catalogue
+        The items.
+    required
+        Names of columns.
 
     Raises
     ------
     CorecError
-        When the source has no such column.
+        If the source has no such column.
     """
     keep = pd.Series(True, index=catalogue.index)
     for name in required:
@@ -60,7 +66,7 @@ def complete(catalogue: pd.DataFrame, required: Sequence[str]) -> pd.Series:
 
 
 def filled(column: pd.Series) -> pd.Series:
-    """Where a column holds something."""
+    """Mark the rows of a column that hold a value: a non-empty list, True, or a value that is not missing."""
     if column.dtype == bool:
         return column
     if column.dtype == object and column.map(lambda value: isinstance(value, list | np.ndarray)).any():
@@ -69,7 +75,7 @@ def filled(column: pd.Series) -> pd.Series:
 
 
 def save(tables: Tables, folder: Path) -> list[Path]:
-    """Write the tables as parquet; returns the files."""
+    """Write each table as a parquet file to `folder`; returns the files."""
     files = []
     for name, table in tables._asdict().items():
         files.append(folder / f"{name}.parquet")
@@ -78,7 +84,13 @@ def save(tables: Tables, folder: Path) -> list[Path]:
 
 
 def load(run: str) -> Tables:
-    """Tables of a run (raises CorecError when stage 01 has not finished)."""
+    """Load the tables of a run.
+
+    Raises
+    ------
+    CorecError
+        If stage 01 has not finished.
+    """
     stages.require(run, "data")
     folder = paths.stage_dir(run, "data")
     return Tables(*(pd.read_parquet(folder / f"{name}.parquet") for name in Tables._fields))

@@ -1,7 +1,7 @@
-"""A zero-shot tagger: which of a closed list of tags fits a title best, by the likelihood of a local language model.
+"""Zero-shot tagger: chooses the tag of a closed list that fits a title best, by the likelihood under a language model.
 
-score(tag | title) = log p(tag | prompt with the title) - log p(tag | prompt without it). The second term takes
-away what makes a tag likely for any title (Holtzman et al., *Surface Form Competition*, EMNLP 2021).
+score(tag | title) = log p(tag | prompt with the title) - log p(tag | prompt without the title). The second term removes the
+preference for tags that are likely after any title (Holtzman et al., *Surface Form Competition*, EMNLP 2021).
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corec import backbones, files, machine, paths
 
-PROMPT = ("Product:", "\nProduct category:")  # the title comes between
+PROMPT = ("Product:", "\nProduct category:")  # before and after the title
 
 TITLE_TOKENS = 40
 
@@ -24,14 +24,16 @@ TITLE_TOKENS = 40
 def log_likelihoods(model: Any, prompts: Tensor, tags: Sequence[Sequence[int]]) -> Tensor:
     """Log-probability of every tag after every prompt [prompts, tags].
 
-    The prompts are computed once; all tags continue from their keys and values.
+    The prompts are computed once; the tags reuse their keys and values.
 
     Parameters
     ----------
+    model
+        A causal language model of transformers.
     prompts
-        Token numbers [prompts, length], all equally long.
+        Token ids [prompts, length], all of equal length.
     tags
-        Token numbers of each tag.
+        Token ids of each tag.
     """
     longest = max(map(len, tags))
     padded = torch.tensor([[*tag, *[0] * (longest - len(tag))] for tag in tags], device=prompts.device)
@@ -43,8 +45,8 @@ def log_likelihoods(model: Any, prompts: Tensor, tags: Sequence[Sequence[int]]) 
         cache.batch_repeat_interleave(len(tags))
         again = model.base_model(input_ids=padded[:, :-1].repeat(len(prompts), 1), past_key_values=cache, use_cache=True)
         logits = model.get_output_embeddings()(again.last_hidden_state).float()  # [prompts * tags, longest - 1, vocabulary]
-        wanted = padded[:, 1:].repeat(len(prompts), 1)[..., None]
-        rest = (logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))[..., 0].view(len(prompts), len(tags), -1)
+        next_tokens = padded[:, 1:].repeat(len(prompts), 1)[..., None]
+        rest = (logits.gather(-1, next_tokens) - logits.logsumexp(-1, keepdim=True))[..., 0].view(len(prompts), len(tags), -1)
         real = torch.tensor([[place + 1 < len(tag) for place in range(longest - 1)] for tag in tags], device=prompts.device)
         total = total + (rest * real).sum(-1)
     return total
@@ -52,23 +54,27 @@ def log_likelihoods(model: Any, prompts: Tensor, tags: Sequence[Sequence[int]]) 
 
 @torch.inference_mode()
 def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 8) -> list[str]:
-    """The best of `tags` for every title; known answers come from the cache, new ones go there.
+    """Choose the best of `tags` for every title; answers are cached on disk.
 
     Parameters
     ----------
     titles
-        Any texts.
+        Any texts; only the first 40 tokens of each are used.
     tags
         The closed list.
     backbone
-        As in :func:`corec.backbones.load`; answers are kept under its name.
+        Name of a language model (see :func:`corec.backbones.load`); part of the cache key.
     batch
-        Titles computed at once; those of equal length go together, so nothing is padded.
+        Titles per forward pass. Titles of equal length share a pass, so there is no padding.
+
+    Returns
+    -------
+    One tag per title.
 
     Raises
     ------
     CorecError
-        When the backbone cannot be loaded.
+        If the backbone cannot be loaded.
     """
     store = paths.cache_dir() / "tags" / f"{files.digest([backbone, PROMPT, TITLE_TOKENS, list(tags)])}.json"
     known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
@@ -77,10 +83,10 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
         model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
         device = machine.device()
         model = model.eval().to(device)
-        before = tokenizer(PROMPT[0])["input_ids"]  # with the token that begins a text, where the model has one
+        before = tokenizer(PROMPT[0])["input_ids"]  # with the beginning-of-text token, if the model has one
         after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]
         pieces = tokenizer([f" {name}" for name in tags], add_special_tokens=False)["input_ids"]
-        plain = {"add_special_tokens": False, "split_special_tokens": True}  # a title holds no special token
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # text in a title is never a special token
         encoded = [ids[:TITLE_TOKENS] for ids in tokenizer([f" {title}" for title in new], **plain)["input_ids"]]
         prior = log_likelihoods(model, torch.tensor([before + after], device=device), pieces)
         order, shown = sorted(range(len(new)), key=lambda i: len(encoded[i])), time.monotonic()
@@ -101,18 +107,32 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
 
 
 class Quality(NamedTuple):
-    """How the tagger does on items whose category is known."""
+    """Accuracy of the tagger on items with a known category."""
 
     items: int
     accuracy: float
-    majority: float  # accuracy of always naming the most frequent category
+    majority: float  # accuracy of the most frequent category for all items
 
 
 def quality(items: pd.DataFrame, tags: Sequence[str], backbone: str, limit: int = 300, seed: int = 0) -> Quality:
-    """Accuracy on at most `limit` items whose category, read from the metadata, is one of `tags` (none: all NaN)."""
+    """Measure the accuracy on items whose category comes from the metadata and is one of `tags`.
+
+    Parameters
+    ----------
+    items
+        Columns ``title category category_from``.
+    tags, backbone
+        See :func:`tag`.
+    limit, seed
+        Largest number of items, and the seed of the sample.
+
+    Returns
+    -------
+    Accuracies are NaN if there are no such items.
+    """
     known = items[items["category"].isin(list(tags)) & (items["category_from"] == "metadata")]
     if known.empty:
         return Quality(0, float("nan"), float("nan"))
     known = known.sample(min(limit, len(known)), random_state=seed)
-    right = np.array(tag(known["title"].tolist(), tags, backbone)) == known["category"].to_numpy()
-    return Quality(len(known), float(right.mean()), float(known["category"].value_counts(normalize=True).iloc[0]))
+    correct = np.array(tag(known["title"].tolist(), tags, backbone)) == known["category"].to_numpy()
+    return Quality(len(known), float(correct.mean()), float(known["category"].value_counts(normalize=True).iloc[0]))

@@ -74,7 +74,7 @@ def shard(module: Scorer, reranker: Reranker, accelerator: Accelerator) -> nn.Mo
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     module.to(accelerator.device)
     sharded = [name for name, value in module.named_parameters() if isinstance(value, DTensor)]
-    module._ddp_params_and_buffers_to_ignore = sharded  # the name that DistributedDataParallel looks for
+    setattr(module, "_ddp_params_and_buffers_to_ignore", sharded)  # noqa: B010  # where DistributedDataParallel looks
     ids = [accelerator.device.index] if accelerator.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids)
 

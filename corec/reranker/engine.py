@@ -65,7 +65,7 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
     if reranker.params.request_position == "before" or not reranker.packs:
         raise CorecError(
             "Nothing can be kept between requests: set reranker.request_position to 'after', and reranker.backbone to a "
-            "model whose attention obeys a mask (Llama, Qwen, GPT-NeoX and most others)."
+            "model whose attention takes a mask (Llama, Qwen, GPT-NeoX and most others)."
         )
     reranker.model.eval()
     batch = collate([row._replace(suffixes=[])], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)

@@ -269,10 +269,9 @@ def fuse(causal: Any) -> Fused | None:
     """Fuse the layers of a Hugging Face causal LM without adapter. The model remains usable: the weights are shared.
 
     The fused layers are compared with the model on :data:`PROBE` tokens. Each layer receives the model's own input to that
-    layer, because in bfloat16 rounding differences would otherwise grow from layer to layer. The median over tokens of the
-    difference, relative to the sum of the norms of the layer's input and output, must be below 1e-5 in float32 and 0.01 in
-    half precision; the median, because the state of a single token can be a hundred times larger than the others, with
-    correspondingly larger rounding.
+    layer, because in bfloat16 rounding differences would otherwise grow from layer to layer. The difference, relative to the
+    sum of the norms of the layer's input and output, must be below 1e-5 in float32 and 0.01 in half precision for half of the
+    tokens, and below five times that for every token: rounding alone leaves some tokens of SmolLM2 at 0.017 in bfloat16.
 
     Returns
     -------
@@ -298,6 +297,7 @@ def fuse(causal: Any) -> Fused | None:
     outputs[-1] = fused.last(outputs[-1])
     for before, output, after in zip(expected[:-1], outputs, expected[1:], strict=True):
         size = before.float().norm(dim=-1) + after.float().norm(dim=-1)
-        if not bool(((output.float() - after.float()).norm(dim=-1) / size).median() < bound):
+        differences = (output.float() - after.float()).norm(dim=-1) / size
+        if not (differences.median() < bound and differences.max() < 5 * bound):
             return None
     return fused

@@ -151,7 +151,7 @@ def quiet_peft() -> Iterator[None]:
 
 def build(
     items: pd.DataFrame,
-    table: Vocabulary,
+    vocabulary: Vocabulary,
     params: RerankerParams,
     seed: int,
     adapted: bool = True,
@@ -163,7 +163,7 @@ def build(
     ----------
     items
         Items table of stage 01.
-    table
+    vocabulary
         Vocabulary of stage 03.
     params
         Backbone, adapter, prompt and read-out.
@@ -188,14 +188,14 @@ def build(
             f"{type(model).__name__} cannot share a prefix among requests: each request is computed by itself.", stacklevel=2
         )
     scale = logit_scale(model) if params.readout == "index" else 1.0
-    added = extend_tokenizer(model, tokenizer, new_tokens(table, params))
+    added = extend_tokenizer(model, tokenizer, new_tokens(vocabulary, params))
     if adapted:
         model = adapt(model, added, params)
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = device or machine.device()
-    prompter = Prompter(tokenizer, items, table, params, positions(model.config, packs))
+    prompter = Prompter(tokenizer, items, vocabulary, params, positions(model.config, packs))
     reranker = Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs, scale)
     reranker.start = {name: value.detach().clone() for name, value in reranker.trainable().items()} if adapted else {}
     return reranker
@@ -248,13 +248,13 @@ def token_layers(model: Any, added: list[int], readout: str) -> dict[str, list[i
     return {names[id(layer)]: added for layer in layers.values()}
 
 
-def zero_shot(items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
+def zero_shot(items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParams) -> Reranker:
     """Build the zero-shot baseline: the backbone without adapter, read-out `index`, attribute values as words.
 
     The row of an attribute's token is the mean of the rows of its name, so the model reads the token as that name.
     """
     plain = {"readout": "index", "request_position": "after", "values": "words"}
-    return build(items, table, params.model_copy(update=plain), seed=0, adapted=False)
+    return build(items, vocabulary, params.model_copy(update=plain), seed=0, adapted=False)
 
 
 def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
@@ -272,14 +272,14 @@ def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
     return [adapter / "adapter_model.safetensors", folder / "head.safetensors", folder / "curve.parquet"]
 
 
-def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerParams) -> Reranker:
+def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParams) -> Reranker:
     """Load a re-ranker written by :func:`save`. It gives the same scores as the saved one.
 
     Parameters
     ----------
     folder
         Folder passed to :func:`save`.
-    items, table, params
+    items, vocabulary, params
         As passed to :func:`build`.
 
     Raises
@@ -291,7 +291,7 @@ def load(folder: Path, items: pd.DataFrame, table: Vocabulary, params: RerankerP
         raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # the dtype of training
-    bare = build(items, table, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
+    bare = build(items, vocabulary, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))

@@ -36,22 +36,22 @@ def index_token(place: int) -> str:
     return f"<candidate {letters(place)}>"
 
 
-def value_token(table: Vocabulary, value: int) -> str:
+def value_token(vocabulary: Vocabulary, value: int) -> str:
     """Token of one attribute value, for example ``<genre: Comedy>``."""
-    return f"<{table.name(value)}>"
+    return f"<{vocabulary.name(value)}>"
 
 
-def new_tokens(table: Vocabulary, params: RerankerParams) -> dict[str, str]:
+def new_tokens(vocabulary: Vocabulary, params: RerankerParams) -> dict[str, str]:
     """Tokens to add to the vocabulary, each mapped to the text that initialises its embedding row.
 
     One token per attribute; with ``values: token`` one per attribute value; with read-out ``index`` one per candidate
     position, :data:`MAX_K` in all.
     """
-    tokens = {f"<{attribute.name}>": f" {attribute.name}" for attribute in table.attributes}
+    tokens = {f"<{attribute.name}>": f" {attribute.name}" for attribute in vocabulary.attributes}
     if params.values == "token":
         tokens |= {
-            value_token(table, value): f" {table.attributes[table.attribute_of[value]].name} {label}"
-            for value, label in enumerate(table.labels)
+            value_token(vocabulary, value): f" {vocabulary.attributes[vocabulary.attribute_of[value]].name} {label}"
+            for value, label in enumerate(vocabulary.labels)
         }
     if params.readout == "index":
         tokens |= {index_token(place): f" {letters(place)}" for place in range(MAX_K)}
@@ -104,7 +104,7 @@ class Prompter:
         Tokenizer with the new tokens (see :func:`extend_tokenizer`).
     items
         Items table, items 1 to n in order.
-    table
+    vocabulary
         Attributes and values.
     params
         Position of the request, form of the values, read-out, length of the titles.
@@ -122,35 +122,35 @@ class Prompter:
     """
 
     def __init__(
-        self, tokenizer: Any, items: pd.DataFrame, table: Vocabulary, params: RerankerParams, limit: int | None = None
+        self, tokenizer: Any, items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParams, limit: int | None = None
     ) -> None:
-        self.params, self.table, self.limit = params, table, limit
+        self.params, self.vocabulary, self.limit = params, vocabulary, limit
         self.cut = {"rows": 0, "shorter titles": 0, "shorter histories": 0}
         self._encode = lambda text: encode(tokenizer, [text])[0]
         self._ids = {token: i for token, i in tokenizer.get_added_vocab().items()}
         self.titles = [[], *(ids[: params.title_tokens] for ids in encode(tokenizer, items["title"].tolist()))]
-        in_history = np.array([attribute.in_history for attribute in table.attributes])
-        self.values = [self._value_ids(value) for value in range(len(table.labels))]
-        item_values = [row[row >= 0] for row in table.values_of]
+        in_history = np.array([attribute.in_history for attribute in vocabulary.attributes])
+        self.values = [self._value_ids(value) for value in range(len(vocabulary.labels))]
+        item_values = [row[row >= 0] for row in vocabulary.values_of]
         self.described = [self._describe(values) for values in item_values]
-        self.described_short = [self._describe(values[in_history[table.attribute_of[values]]]) for values in item_values]
+        self.described_short = [self._describe(values[in_history[vocabulary.attribute_of[values]]]) for values in item_values]
         self.newline, self.between = self._encode("\n"), self._encode(" |||") if params.values == "words" else []
         self.heading_history = self._encode("The user's history, oldest first:\n")
         self.heading_candidates = self._encode("Rank these candidates for the user's next choice:\n")
         self.heading_request = self._encode("Control Tokens:")
         self.question = self._encode("\nThe best candidate is:") if params.readout == "index" else self.newline
-        longest = [0] * len(table.attributes)
+        longest = [0] * len(vocabulary.attributes)
         for value, tokens in enumerate(self.values):
-            attribute = table.attribute_of[value]
+            attribute = vocabulary.attribute_of[value]
             longest[attribute] = max(longest[attribute], len(tokens) + len(self.between))
         self.reserve = len(self.heading_request) + sum(longest) + len(self.question) + len(self.newline)
 
     def _value_ids(self, value: int) -> list[int]:
         """Token ids of one value, as in a request."""
-        name = self.table.attributes[self.table.attribute_of[value]].name
+        name = self.vocabulary.attributes[self.vocabulary.attribute_of[value]].name
         if self.params.values == "token":
-            return [self._ids[value_token(self.table, value)]]
-        return [self._ids[f"<{name}>"], *self._encode(f" {self.table.labels[value]}")]
+            return [self._ids[value_token(self.vocabulary, value)]]
+        return [self._ids[f"<{name}>"], *self._encode(f" {self.vocabulary.labels[value]}")]
 
     def _describe(self, values: np.ndarray) -> list[int]:
         """Token ids of an item's values, as in its line."""

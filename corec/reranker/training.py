@@ -52,10 +52,10 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     wanted = settings.requests_per_window
     first = step * wanted if wanted < len(lengths) else 0  # too few for all lengths: take them in turn over the steps
     lengths = [lengths[(first + i) % len(lengths)] for i in range(wanted)]
-    requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in lengths]
+    requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.vocabulary, rng) for n in lengths]
     truth = pools.is_truth() if settings.truth_bonus and not plain else None
     control = [
-        controls.control_scores(controls.matches(pools.candidates, request, prepared.table.values_of), truth)
+        controls.control_scores(controls.matches(pools.candidates, request, prepared.vocabulary.values_of), truth)
         for request in requests
     ]
     return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)

@@ -1,4 +1,4 @@
-"""Stage 02: SASRec, the retriever (Kang and McAuley, 2018), and its candidates for every window."""
+"""Stage 02: the retriever SASRec (Kang and McAuley, 2018) and its candidates for every window."""
 
 from corec.sasrec.losses import FullSoftmax, loss
 from corec.sasrec.model import Noise, SASRec

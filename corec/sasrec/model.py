@@ -1,7 +1,7 @@
-"""SASRec, the retriever (Kang and McAuley, 2018): its layers.
+"""Layers of the retriever SASRec (Kang and McAuley, 2018).
 
-Sequences are padded on the right, so with a causal mask no real position ever sees padding, and the state at position t depends
-on items 0 … t only: one pass trains every position, and encodes every prefix.
+Sequences are padded on the right. With a causal mask, real positions never attend to padding, and the state at position t
+depends on items 0 … t only, so one pass trains every position and encodes every prefix.
 """
 
 import numpy as np
@@ -13,11 +13,17 @@ from corec.params import SasrecParams
 
 
 class Noise:
-    """Dropout whose masks come from random bytes, drawn from a seed that the training loop sets for every step.
+    """Dropout with masks from random bytes, seeded by the training loop before every step.
 
-    PyTorch draws a 32-bit number for each element of a mask on one core; a byte is enough, and much faster. The
-    share that is kept is a multiple of 1/256, and what is kept is scaled by just that share. Without `fast`, and on a
-    GPU, it is PyTorch's own dropout.
+    PyTorch draws one 32-bit number per mask element on one core; one byte is enough and much faster. The share of kept elements
+    is a multiple of 1/256, and kept elements are scaled by its inverse. Without `fast`, and on a GPU, PyTorch's dropout is used.
+
+    Parameters
+    ----------
+    rate
+        Probability that an element is dropped.
+    fast
+        Use random bytes on the CPU.
     """
 
     def __init__(self, rate: float, fast: bool) -> None:
@@ -25,11 +31,11 @@ class Noise:
         self.generator = np.random.Generator(np.random.SFC64(0))
 
     def seed(self, *seeds: int) -> None:
-        """Start the stream of a step."""
+        """Seed the random generator, once per training step."""
         self.generator = np.random.Generator(np.random.SFC64(seeds))
 
     def __call__(self, states: Tensor, training: bool) -> Tensor:
-        """Drop elements of `states` (any shape) in training."""
+        """Apply dropout to `states` (any shape) if `training`."""
         if not self.fast or states.is_cuda:
             return F.dropout(states, self.rate, training)
         if not training or not self.dropped:
@@ -39,9 +45,9 @@ class Noise:
 
 
 class Block(nn.Module):
-    """Causal self-attention and a position-wise feed-forward layer, each after a layer norm (pre-norm).
+    """Causal self-attention and a position-wise feed-forward layer, each after layer normalisation (pre-norm).
 
-    Dropout is on what each layer adds, not on the attention weights: that keeps the fused attention kernel.
+    Dropout applies to the output of each layer, not to the attention weights, so that the fused attention kernel can be used.
     """
 
     def __init__(self, params: SasrecParams, noise: Noise) -> None:
@@ -53,7 +59,7 @@ class Block(nn.Module):
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States [batch, length, hidden] of the next layer from those of this one."""
+        """Map states [batch, length, hidden] to the states after this block, of the same shape."""
         batch, length, width = states.shape
         qkv = self.qkv(self.norm_attention(states)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)  # [batch, heads, length, width]
@@ -64,14 +70,14 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Self-attentive sequential recommendation: the state after item t scores item t + 1 by inner product.
+    """Self-attentive sequential recommendation: the score of a next item is its inner product with the current state.
 
     Parameters
     ----------
     n_items
-        Items count from 1 to `n_items`; 0 is padding.
+        Number of items; items count from 1, and 0 is padding.
     params
-        Widths, depth and dropout.
+        Parameters of stage 02: widths, depth, dropout.
     """
 
     def __init__(self, n_items: int, params: SasrecParams) -> None:

@@ -1,4 +1,4 @@
-"""Full ranking and retrieval: encodings, ranks of the targets among all unseen items, and the candidates of every window."""
+"""Full ranking and retrieval: encoding of prefixes, ranks of the targets among all unseen items, candidates of the windows."""
 
 import time
 from collections.abc import Sequence
@@ -17,52 +17,72 @@ KS = (5, 10, 20)  # cut-offs of the ranking metrics
 
 
 class Queries(NamedTuple):
-    """What to predict: the items before each target, the target, and all that the user has seen before it."""
+    """Prediction tasks: the latest items before each target, the target, and all items before it."""
 
     inputs: list[np.ndarray]  # latest items before the target, oldest first
     targets: np.ndarray  # [queries]
     seen: list[np.ndarray]  # all items before the target
 
     def part(self, start: int, size: int) -> "Queries":
-        """The `size` queries from `start` on."""
-        own = slice(start, start + size)
-        return Queries(self.inputs[own], self.targets[own], self.seen[own])
+        """Select `size` queries, starting at `start`."""
+        rows = slice(start, start + size)
+        return Queries(self.inputs[rows], self.targets[rows], self.seen[rows])
 
 
 def pad(sequences: Sequence[np.ndarray]) -> Tensor:
-    """Stack sequences, padded on the right with 0: [batch, longest]."""
+    """Stack sequences to [batch, longest], padded with 0 on the right."""
     longest = max(map(len, sequences))
     return torch.from_numpy(np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]))
 
 
 def items_by_user(interactions: pd.DataFrame) -> dict[Any, np.ndarray]:
-    """Each user's items, in the order of the table."""
+    """Items of each user, in the order of the table."""
     return {user: table.to_numpy(copy=True) for user, table in interactions.groupby("user")["item"]}
 
 
 def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) -> Queries:
-    """The queries of some windows: each user's interactions before the window's target."""
+    """Make one query per window from the user's interactions before its target.
+
+    Parameters
+    ----------
+    interactions, windows
+        Tables of stage 01.
+    max_length
+        Number of latest items in ``inputs``.
+    """
     items = items_by_user(interactions)
     seen = [items[user][:position] for user, position in zip(windows["user"], windows["position"], strict=True)]
     return Queries([items[-max_length:] for items in seen], windows["target"].to_numpy(copy=True), seen)
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, budget: float) -> list[np.ndarray]:
-    """Sort `rows` by the `lengths` of their sequences and cut them into groups of about `budget` items each."""
+    """Sort `rows` by sequence length and split them into groups of about `budget` items each.
+
+    Parameters
+    ----------
+    rows
+        Indices into `lengths`.
+    lengths
+        Length of every sequence.
+    budget
+        Items per group.
+    """
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     return np.split(rows, np.flatnonzero(np.diff(np.cumsum(lengths[rows]) // budget)) + 1)
 
 
 @torch.inference_mode()
 def encode(model: SASRec, inputs: Sequence[np.ndarray], tokens: int = 20_000) -> Tensor:
-    """State after the last item of each sequence [sequences, hidden]; those of like length are computed together.
+    """State after the last item of each sequence [sequences, hidden]; sequences of similar length share a pass.
 
     Parameters
     ----------
+    model
+        The retriever; it is set to evaluation mode.
     inputs
-        Items, oldest first, at most `max_length`.
+        Items of each sequence, oldest first, at most `max_length`.
     tokens
-        Positions computed at once.
+        Approximate number of positions per pass.
     """
     model.eval()
     lengths = np.array([len(items) for items in inputs])
@@ -75,17 +95,26 @@ def encode(model: SASRec, inputs: Sequence[np.ndarray], tokens: int = 20_000) ->
 
 @torch.inference_mode()
 def rank_targets(model: SASRec, wanted: Queries, batch: int = 1024) -> np.ndarray:
-    """Rank (1 = best) of each target among all items that the user has not seen [queries].
+    """Rank of each target among all items that the user has not seen [queries]; 1 is best.
 
-    No list is sorted: the rank is how many unseen items score as high as the target or higher. Ties count against
-    the target, so a constant scorer ranks last.
+    The rank is the number of unseen items with a score at least as high as that of the target (itself included), so nothing is
+    sorted. Ties count against the target, so a constant scorer ranks it last.
+
+    Parameters
+    ----------
+    model
+        The retriever.
+    wanted
+        The queries.
+    batch
+        Queries scored at a time.
     """
     return rank_states(model, encode(model, wanted.inputs), wanted, batch)
 
 
 @torch.inference_mode()
 def rank_states(model: SASRec, states: Tensor, wanted: Queries, batch: int = 1024) -> np.ndarray:
-    """Ranks of the targets from the queries' `states` [queries, hidden] (see :func:`rank_targets`)."""
+    """Ranks of the targets [queries] from the states of the queries [queries, hidden] (see :func:`rank_targets`)."""
     ranks = []
     for start in range(0, len(states), batch):
         ranks.append(rank_scores(model.scores(states[start : start + batch]), wanted.part(start, batch)))
@@ -93,7 +122,7 @@ def rank_states(model: SASRec, states: Tensor, wanted: Queries, batch: int = 102
 
 
 def rank_scores(scores: Tensor, wanted: Queries) -> np.ndarray:
-    """Ranks of the targets from `scores` [queries, n_items + 1], in which seen items and padding are overwritten."""
+    """Ranks of the targets [queries] from `scores` [queries, n_items + 1]; seen items and padding are overwritten in place."""
     rows = torch.from_numpy(np.repeat(np.arange(len(wanted.seen)), [len(items) for items in wanted.seen]))
     scores[:, 0] = -torch.inf
     scores[rows, torch.from_numpy(np.concatenate(wanted.seen))] = -torch.inf
@@ -102,7 +131,7 @@ def rank_scores(scores: Tensor, wanted: Queries) -> np.ndarray:
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """HR and NDCG at 5, 10 and 20, full ranking, one relevant item each."""
+    """Mean HR and NDCG at 5, 10 and 20 from ranks among all unseen items, with one relevant item per query."""
     gains = 1 / np.log2(ranks + 1)
     hits = {f"HR@{k}": float((ranks <= k).mean()) for k in KS}
     return hits | {f"NDCG@{k}": float((gains * (ranks <= k)).mean()) for k in KS}
@@ -112,16 +141,27 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
 def candidates(
     model: SASRec, interactions: pd.DataFrame, windows: pd.DataFrame, params: SasrecParams, batch: int = 256
 ) -> pd.DataFrame:
-    """The `top_k` best unseen items of every window, best first, with their scores.
+    """Retrieve the `top_k` unseen items with the highest scores for every window.
+
+    Parameters
+    ----------
+    model
+        The retriever.
+    interactions, windows
+        Tables of stage 01.
+    params
+        Parameters of stage 02.
+    batch
+        Windows of a user scored at a time.
 
     Returns
     -------
-    Columns ``window candidates scores`` (lists of `top_k`).
+    Columns ``window candidates scores``; the last two are lists of length `top_k`, best first.
 
     Raises
     ------
     CorecError
-        When some user has fewer than `top_k` unseen items: K is larger than the catalogue allows.
+        If a user has fewer than `top_k` unseen items.
     """
     left = model.items.num_embeddings - 1 - int(windows["position"].max())
     if params.top_k > left:
@@ -149,30 +189,47 @@ def candidates(
 
 @torch.inference_mode()
 def retrieve(model: SASRec, states: Tensor, items: np.ndarray, positions: np.ndarray, k: int) -> Any:
-    """The `k` best items, with scores, for prefixes of one user; those within a prefix are left out of its list.
+    """Retrieve the `k` best items and their scores for several prefixes of one user, without the items of each prefix.
 
     Parameters
     ----------
+    model
+        The retriever.
     states
-        After each prefix [prefixes, hidden].
+        State after each prefix [prefixes, hidden].
     items
-        The user's items in order.
+        Items of the user, oldest first.
     positions
         Length of each prefix [prefixes].
+    k
+        Number of items.
+
+    Returns
+    -------
+    ``values`` and ``indices`` [prefixes, k], as of :func:`torch.topk`.
     """
     scores = model.scores(states)  # [prefixes, n_items + 1]
-    own = torch.from_numpy(items[: positions.max()]).to(scores.device)
-    seen = torch.arange(len(own), device=scores.device) < torch.from_numpy(positions).to(scores.device)[:, None]
-    scores[:, own] = scores[:, own].masked_fill(seen, -torch.inf)
+    history = torch.from_numpy(items[: positions.max()]).to(scores.device)
+    seen = torch.arange(len(history), device=scores.device) < torch.from_numpy(positions).to(scores.device)[:, None]
+    scores[:, history] = scores[:, history].masked_fill(seen, -torch.inf)
     return scores.topk(k, sorted=True)
 
 
 @torch.inference_mode()
 def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFrame, params: SasrecParams) -> Tensor:
-    """State just before each window's target [windows, hidden].
+    """State just before the target of each window [windows, hidden].
 
-    One pass over a user's first `max_length` items gives the states of all prefixes within them; only windows
-    further on, which see the latest `max_length` items, are encoded one by one.
+    One pass over the first `max_length` items of a user gives the states of all prefixes within them. Windows with longer
+    prefixes, which see the latest `max_length` items, are encoded one by one.
+
+    Parameters
+    ----------
+    model
+        The retriever; it is set to evaluation mode.
+    interactions, windows
+        Tables of stage 01.
+    params
+        Parameters of stage 02.
     """
     model.eval()
     states = torch.empty(len(windows), params.hidden, device=model.items.weight.device)
@@ -181,7 +238,7 @@ def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFra
     if len(far):
         states[far] = encode(model, queries(interactions, windows.iloc[far], params.max_length).inputs)
     near = np.flatnonzero(position <= params.max_length)
-    items = {user: own[: params.max_length] for user, own in items_by_user(interactions).items()}
+    items = {user: sequence[: params.max_length] for user, sequence in items_by_user(interactions).items()}
     users = sorted({*owner[near].tolist()}, key=lambda user: len(items[user]))
     place = {user: number for number, user in enumerate(users)}
     rows = near[np.argsort([place[user] for user in owner[near]], kind="stable")]

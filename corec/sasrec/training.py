@@ -1,8 +1,8 @@
-"""Training of SASRec, resumable, and what it leaves.
+"""Resumable training of SASRec, and its output files.
 
-With `sasrec.fast` sequences of like length share a batch, so that hardly any padding is computed; the full softmax is computed a
-block of positions at a time, with its gradient, so that scores stay in the processor's cache, in bfloat16 where the machine
-multiplies it faster; dropout masks come from random bytes.
+With `sasrec.fast`, sequences of similar length share a batch, which avoids most padding. The full softmax is computed with its
+gradient for blocks of positions, so that the scores stay in the processor's cache, in bfloat16 if the machine multiplies it
+faster. Dropout masks come from random bytes.
 """
 
 import json
@@ -26,9 +26,22 @@ from corec.sasrec.ranking import by_length, items_by_user, pad, queries, rank_ta
 
 
 def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffle sequences into batches of like length, each with about as many items as `size` average sequences.
+    """Shuffle sequences into batches of similar length, each with about as many items as `size` average sequences.
 
-    Lengths are sorted within random groups of 8 batches, so that who meets whom still changes from epoch to epoch.
+    Lengths are sorted within random groups of 8 batches, so the composition of the batches changes from epoch to epoch.
+
+    Parameters
+    ----------
+    lengths
+        Length of each sequence [sequences].
+    size
+        Average number of sequences per batch.
+    rng
+        Random generator.
+
+    Returns
+    -------
+    Indices of the sequences of each batch.
     """
     result: list[np.ndarray] = []
     order = rng.permutation(len(lengths))
@@ -39,16 +52,16 @@ def batches(lengths: np.ndarray, size: int, rng: np.random.Generator) -> list[np
 
 
 def padding_share(lengths: np.ndarray, groups: Sequence[np.ndarray]) -> float:
-    """Share of computed positions that hold no item, when each group is padded to its longest."""
+    """Share of padding among the computed positions if each group is padded to its longest sequence."""
     computed = sum(len(group) * lengths[group].max() for group in groups)
     return float(1 - lengths.sum() / computed)
 
 
 def pieces(items: np.ndarray, size: int, offset: int) -> list[np.ndarray]:
-    """Cut a sequence into pieces of at most `size` items that share one item with the next.
+    """Split a sequence into pieces of at most `size` items; consecutive pieces share one item.
 
-    The first piece has `offset` items (drawn anew every epoch), so that no cut is always in the same place; every
-    position but the first is a target once.
+    The first piece has `offset` items. It is drawn again every epoch, so the boundaries change. Every position but the first is a
+    target exactly once.
     """
     ends = [*range(offset, len(items), size - 1), len(items)]
     starts = [0, *(end - 1 for end in ends[:-1])]
@@ -57,19 +70,19 @@ def pieces(items: np.ndarray, size: int, offset: int) -> list[np.ndarray]:
 
 @dataclass
 class Trained:
-    """A trained retriever, its learning curve and how it does on validation."""
+    """A trained retriever with its learning curve."""
 
     model: SASRec
     curve: pd.DataFrame
     best_epoch: int
-    dtype: str  # of the products with the item table
+    dtype: str  # number format of the products with the item table
 
 
 @dataclass
 class Progress:
-    """How far a training has come: what its checkpoint holds beside the states of model, optimiser and random generators."""
+    """State of a training that its checkpoint holds beside the states of model, optimiser and random generators."""
 
-    dtype: str  # of the products with the item table
+    dtype: str  # number format of the products with the item table
     curve: list[dict[str, float]] = field(default_factory=list)
     best: float = -1.0
     best_epoch: int = 0
@@ -81,14 +94,14 @@ class Progress:
         return self.curve[-1]["seconds"] if self.curve else 0.0
 
     def ended(self, params: SasrecParams, stop_after: int | None, max_seconds: float) -> bool:
-        """Whether no further epoch is to be trained."""
+        """Whether training stops before the next epoch (see :func:`train` for the limits)."""
         done = len(self.curve)
         if done >= params.epochs or done - self.best_epoch >= params.patience or (stop_after and done >= stop_after):
             return True
         return done > 0 and self.seconds * (done + 1) / done > max_seconds
 
     def add(self, epoch: dict[str, float], model: SASRec) -> None:
-        """Add an epoch's row to the curve; keep the model's state where it is the best yet."""
+        """Append an epoch to the curve, and store the model's state if its validation NDCG@10 is the best so far."""
         self.curve.append(epoch)
         if epoch["NDCG@10"] > self.best:
             self.best, self.best_epoch = epoch["NDCG@10"], len(self.curve)
@@ -96,13 +109,13 @@ class Progress:
 
 
 def get_random_state(rng: np.random.Generator) -> dict[str, Any]:
-    """The states of all random generators that a training draws from."""
+    """States of all random generators that the training uses."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "numpy": json.dumps(rng.bit_generator.state), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any], rng: np.random.Generator) -> None:
-    """Set the generators to the states of :func:`get_random_state`."""
+    """Restore the states returned by :func:`get_random_state`."""
     torch.set_rng_state(state["torch"].cpu())
     for number, numbers in enumerate(state["cuda"]):
         torch.cuda.set_rng_state(numbers.cpu(), number)
@@ -120,39 +133,39 @@ def train(
     stop_after: int | None = None,
     max_seconds: float = float("inf"),
 ) -> Trained:
-    """Train on the training interactions, keep the epoch with the best validation NDCG@10.
+    """Train on the training interactions and select the epoch with the best validation NDCG@10.
 
-    A checkpoint keeps the states of the random generators too, so that a run that was interrupted and resumed gives
-    bitwise the parameters of one that was not (on a CPU; a GPU adds up gradients in any order).
+    The checkpoint includes the states of the random generators, so that an interrupted and resumed run gives bitwise the same
+    parameters as an uninterrupted one (on a CPU; on a GPU the order of summation varies).
 
     The function is long because its loop is to be read in one piece.
 
     Parameters
     ----------
     interactions, windows
-        Of :mod:`corec.data`; test interactions are never looked at.
+        Tables of :mod:`corec.data`; test interactions are not used.
     n_items
-        Items of the catalogue.
+        Number of items of the catalogue.
     params, seed
         Settings of model and training.
     report
-        Epochs between two printed lines (a line is printed every 20 s in any case).
+        Epochs between two printed lines (a line is also printed after 20 s without one).
     folder
-        Where a checkpoint is kept after every epoch, made if need be; without one none is kept.
+        Folder of the checkpoint, written after every epoch; created if missing. None for no checkpoint.
     stop_after
-        Stop after so many epochs, as if interrupted.
+        Stop after this number of epochs, as if interrupted.
     max_seconds
-        Start no epoch that would most likely end after so many seconds of training; the first one is always run.
+        Start no epoch that is expected to end after this many seconds of training; the first epoch always runs.
 
     Returns
     -------
-    Its `curve` has one row an epoch: ``epoch loss seconds peak_memory_mb`` (seconds since the start, validation
-    included; peak of the process) and the validation metrics.
+    `curve` has one row per epoch: ``epoch loss seconds peak_memory_mb`` (seconds since the start, validation included; peak of
+    the process) and the validation metrics.
 
     Raises
     ------
     CorecError
-        When the loss is no longer a number.
+        If the loss is not finite.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -203,9 +216,22 @@ def train_epoch(
     rng: np.random.Generator,
     epoch: int = 1,
 ) -> float:
-    """One pass over all training sequences [items, oldest first]; returns the mean loss.
+    """Train for one epoch; returns the mean loss.
 
-    With `decay` the learning rate rises during the first `epoch` and falls linearly, to 0 at the end of the last.
+    With `decay`, the learning rate warms up during the first epoch and falls linearly to 0 at the end of the last one.
+
+    Parameters
+    ----------
+    model, optimizer
+        Updated in place.
+    sequences
+        Training items of each user, oldest first.
+    params
+        Parameters of stage 02.
+    rng
+        Random generator.
+    epoch
+        Number of the epoch, from 1.
     """
     model.train()
     size = params.max_length + 1
@@ -218,7 +244,7 @@ def train_epoch(
     total, count = 0.0, 0
     for number, group in enumerate(groups):
         if params.decay:
-            done = epoch - 1 + (number + 0.5) / len(groups)  # epochs, in the middle of this step
+            done = epoch - 1 + (number + 0.5) / len(groups)  # epochs so far, at the middle of this step
             optimizer.param_groups[0]["lr"] = params.lr * min(1.0, done) * (1 - done / params.epochs)
         if params.fast:
             model.noise.seed(int(rng.integers(2**32)))
@@ -232,24 +258,36 @@ def train_epoch(
 
 
 def save(trained: Trained, table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write weights, learning curve and candidates, and remove the checkpoints; returns the files."""
-    files = [folder / "model.safetensors", folder / "curve.parquet", folder / "candidates.parquet"]
-    save_file(trained.model.state_dict(), files[0])
-    trained.curve.to_parquet(files[1], index=False)
-    table.to_parquet(files[2], index=False)
+    """Write the weights, the learning curve and the candidates to `folder`, and delete the checkpoints; returns the files."""
+    written = [folder / "model.safetensors", folder / "curve.parquet", folder / "candidates.parquet"]
+    save_file(trained.model.state_dict(), written[0])
+    trained.curve.to_parquet(written[1], index=False)
+    table.to_parquet(written[2], index=False)
     for checkpoint in folder.glob("**/checkpoint-*.pt"):
         checkpoint.unlink()
-    return files
+    return written
 
 
 def load_candidates(run: str) -> pd.DataFrame:
-    """The candidates of a run (raises CorecError when stage 02 has not finished)."""
+    """Load the candidates of a run.
+
+    Raises
+    ------
+    CorecError
+        If stage 02 has not finished.
+    """
     stages.require(run, "sasrec")
     return pd.read_parquet(paths.stage_dir(run, "sasrec") / "candidates.parquet")
 
 
 def load(run: str, n_items: int, params: SasrecParams) -> SASRec:
-    """The retriever that stage 02 of a run has left (raises CorecError when it has not finished)."""
+    """Load the trained retriever of a run, in evaluation mode.
+
+    Raises
+    ------
+    CorecError
+        If stage 02 has not finished.
+    """
     stages.require(run, "sasrec")
     model = SASRec(n_items, params)
     model.load_state_dict(load_file(paths.stage_dir(run, "sasrec") / "model.safetensors"))

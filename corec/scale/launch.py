@@ -68,7 +68,7 @@ def fine_tune(file: Path) -> None:
     dtype = devices.agree(str(machine.resolve_dtype(settings.reranker.dtype)).removeprefix("torch."))  # the same on all
     params = settings.reranker.model_copy(update={"dtype": dtype})
     with accelerator.local_main_process_first():  # downloads
-        model = reranker.build(tables.items, prepared.table, params, settings.seed, device="cpu")
+        model = reranker.build(tables.items, prepared.vocabulary, params, settings.seed, device="cpu")
     if not devices.asked_for("ACCELERATE_USE_FSDP"):  # layers that are sharded go to their devices one by one
         model.model.to(accelerator.device)
         model.head.to(accelerator.device)

@@ -1,6 +1,6 @@
-"""Attribute schemes: which attributes a data set has, and how their values become buckets.
+"""Attribute schemes: the attributes of a data set, and the mapping of their values to buckets.
 
-The schemes that come with COREC are the YAML files beside this module.
+The YAML files beside this module are the schemes that come with COREC.
 """
 
 import re
@@ -18,7 +18,24 @@ from corec.params import Model, first_fault
 
 
 class Attribute(Model):
-    """One attribute of a scheme: the column it comes from and how its values become buckets."""
+    """One attribute of a scheme.
+
+    Attributes
+    ----------
+    name
+        Name of the attribute in requests.
+    column
+        Column of the items table.
+    bucket
+        Mapping of values to labels: ``edges`` (intervals of a number), ``as_is`` (the value is the label) or ``each`` (each
+        element of a list is a label).
+    below, up_to
+        Edges of the intervals, ascending: value < edge, or value <= edge. One of the two is given for ``edges``.
+    labels
+        Labels of the intervals, one more than edges.
+    in_history
+        Whether the prompt also shows the attribute of history items.
+    """
 
     name: str
     column: str
@@ -47,7 +64,18 @@ class Attribute(Model):
         return self
 
     def values(self, column: pd.Series) -> pd.Series:
-        """The list of labels of every item (empty where the attribute is missing)."""
+        """List of labels of each item; empty if the attribute is missing.
+
+        Parameters
+        ----------
+        column
+            Values of `self.column` of the items.
+
+        Raises
+        ------
+        CorecError
+            If the attribute has edges and the column is not numeric.
+        """
         if self.bucket == "each":
             return column.map(lambda value: list(value) if isinstance(value, list | np.ndarray) else [])
         if self.bucket == "as_is":
@@ -61,20 +89,25 @@ class Attribute(Model):
             raise CorecError(
                 f"Attribute {self.name!r} has edges, but the column {self.column!r} is not numeric: set `bucket: as_is`."
             ) from None
-        found = np.searchsorted(np.array(edges), np.nan_to_num(numbers), side=side)
+        buckets = np.searchsorted(np.array(edges), np.nan_to_num(numbers), side=side)
         return pd.Series(
-            [[] if np.isnan(number) else [self.labels[i]] for number, i in zip(numbers, found, strict=True)],
+            [[] if np.isnan(number) else [self.labels[i]] for number, i in zip(numbers, buckets, strict=True)],
             index=column.index,
         )
 
 
 def load_scheme(name: str) -> tuple[Attribute, ...]:
-    """The attributes of a scheme that comes with COREC, or of a YAML file (relative to the project's folder).
+    """Load the attributes of a scheme.
+
+    Parameters
+    ----------
+    name
+        Name of a scheme that comes with COREC, or path of a ``.yaml`` file (relative to the project's folder).
 
     Raises
     ------
     CorecError
-        When there is no such scheme, or it is malformed.
+        If there is no such scheme, or it is malformed.
     """
     folder = Path(__file__).parent
     path = paths.from_root(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
@@ -104,12 +137,12 @@ def load_scheme(name: str) -> tuple[Attribute, ...]:
 
 
 def choose(scheme: str, names: Sequence[str] | None) -> tuple[Attribute, ...]:
-    """The attributes of a scheme that are under control: those of `names`, or all.
+    """Return the attributes of a scheme that are under control: those in `names`, or all if it is empty.
 
     Raises
     ------
     CorecError
-        As :func:`load_scheme` does, or when the scheme has no attribute of a name.
+        If the scheme cannot be loaded (see :func:`load_scheme`), or has no attribute of a given name.
     """
     attributes = load_scheme(scheme)
     known = [attribute.name for attribute in attributes]

@@ -53,7 +53,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
         pools = controls.make_pools(sample, retrieved, k, params.seed)
         examples = Examples(dict(zip(sample["window"], map(list, sample["history"]), strict=True)), prepared)
         requests = {
-            n: controls.draw_requests(pools, n, params.controls.protocol, prepared.table, rng) for n in params.controls.n_tokens
+            n: controls.draw_requests(pools, n, params.controls.protocol, prepared.vocabulary, rng)
+            for n in params.controls.n_tokens
         }
         rows += [{"K": k, **row} for row in reranking(merged, examples, pools, requests, params)]
     table = pd.DataFrame(rows)

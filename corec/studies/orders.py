@@ -58,7 +58,7 @@ def valid_cp(reranker: Reranker, examples: Examples, params: Params) -> float:
     scores = score(reranker, examples, pools, requests)
     values = []
     for place, (n, request) in enumerate(zip(lengths, requests, strict=True)):
-        judged = evaluation.judge(pools, request, examples.prepared.table.values_of)
+        judged = evaluation.judge(pools, request, examples.prepared.vocabulary.values_of)
         values.append(evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [K])["cp", K, n])
     return float(np.mean(values))
 
@@ -86,7 +86,7 @@ def train_order(
     -------
     Steps on the plain and on the whole prompt.
     """
-    reranker = build(items, examples.prepared.table, params.reranker, params.seed)
+    reranker = build(items, examples.prepared.vocabulary, params.reranker, params.seed)
     if steps is None:
         times = [step_seconds(reranker, examples, params, plain) for plain in (True, False)]
         plain, whole = (max(1, round(30 * params.reranker.max_minutes / seconds)) for seconds in times)
@@ -176,7 +176,7 @@ def judge_orders(
     pools = examples.prepared.pools["test"]
     keys, columns, ranges = [], [], []
     for place, n in enumerate(params.controls.n_tokens):
-        judged = evaluation.judge(pools, examples.prepared.requests["test", n], examples.prepared.table.values_of)
+        judged = evaluation.judge(pools, examples.prepared.requests["test", n], examples.prepared.vocabulary.values_of)
         orders = {"sasrec": [evaluation.retriever_order(pools)], "rule": [evaluation.rule_order(pools, judged.met)]}
         for (name, _), array in scores.items():
             orders.setdefault(name, []).append(evaluation.order_by(array[:, place]))

@@ -45,7 +45,7 @@ def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) ->
         steps = params.study.readout_steps
         changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
         variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
-        reranker = build(items, examples.prepared.table, variant.reranker, params.seed)
+        reranker = build(items, examples.prepared.vocabulary, variant.reranker, params.seed)
         curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
     return pd.concat(curves, ignore_index=True)
 

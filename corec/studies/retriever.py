@@ -24,7 +24,7 @@ RATES = (1.0, 0.3, 0.1)  # factors of the run's learning rate, tried with each l
 TABLES = ("losses", "loss_curves", "seeds", "seed_curves", "baselines")
 
 
-def test_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[str, float]:
+def summary_row(trained: sasrec.Trained, tables: Tables, settings: Params) -> dict[str, float]:
     """Summarise one training: epochs, time, validation and test metrics.
 
     Parameters
@@ -71,7 +71,7 @@ def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tup
 
     Returns
     -------
-    One row per loss and rate (see :func:`test_row`; `chosen` marks the selected rate of each loss), and the learning curves
+    One row per loss and rate (see :func:`summary_row`; `chosen` marks the selected rate of each loss), and the learning curves
     of the selected rates.
     """
     rows, curves, budget = [], [], settings.study.loss_seconds
@@ -92,7 +92,7 @@ def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tup
             )
         best = max(tried, key=lambda rate: tried[rate].curve["NDCG@10"].max())
         rows += [
-            {"loss": name, "lr": rate, "chosen": rate == best, **test_row(trained, tables, settings)}
+            {"loss": name, "lr": rate, "chosen": rate == best, **summary_row(trained, tables, settings)}
             for rate, trained in tried.items()
         ]
         curves.append(tried[best].curve.rename(columns={"loss": "train_loss"}).assign(loss=name))
@@ -104,13 +104,13 @@ def by_seed(tables: Tables, settings: Params, folder: Path | None = None) -> tup
 
     Returns
     -------
-    One row per seed (see :func:`test_row`), and the learning curves.
+    One row per seed (see :func:`summary_row`), and the learning curves.
     """
     rows, curves = [], []
     for seed in range(settings.seed, settings.seed + settings.study.seeds):
         print(f"seed {seed}", flush=True)
         trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), settings.sasrec, seed, folder=folder)
-        rows.append({"seed": seed, **test_row(trained, tables, settings)})
+        rows.append({"seed": seed, **summary_row(trained, tables, settings)})
         curves.append(trained.curve.rename(columns={"loss": "train_loss"}).assign(seed=seed))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 
@@ -136,7 +136,7 @@ def compare(tables: Tables, settings: Params, baselines: pd.DataFrame, stage: Pa
     if settings.study.loss_seconds:
         results["losses"], results["loss_curves"] = by_loss(tables, settings, stage / "losses")
     users = windows_of(tables, "test")["user"].nunique()
-    protocol = f"{settings.data.protocol}, all unseen items, epoch by validation NDCG@10"
+    protocol = f"{settings.data.split}, all unseen items, epoch by validation NDCG@10"
     dataset = settings.data.dataset
     return {name: table.assign(dataset=dataset, protocol=protocol, n_users=users) for name, table in results.items()}
 
