@@ -9,7 +9,7 @@ reproduce: env
 	$(BIN)/python -m corec.reproduce $(PARAMS)
 
 test: env lint
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 	$(BIN)/python -m pytest -q --nbval-lax notebooks
 
 env: .venv/installed

@@ -93,15 +93,16 @@ def seconds(work: Callable[[], object], least: float = 3.0) -> float:
 
 
 def percentiles(work: Callable[[int], object], times: int) -> tuple[float, float]:
-    """Median and 95th percentile (s) of `times` calls of `work`, after one warm-up call; each call gets its number."""
+    """Median and 95th percentile (s) of `times` calls of `work`, after a warm-up; each call gets its number."""
     return interleaved([work], times)[0]
 
 
-def interleaved(works: Sequence[Callable[[int], object]], times: int) -> list[tuple[float, float]]:
+def interleaved(works: Sequence[Callable[[int], object]], times: int, warm_up: float = 0.5) -> list[tuple[float, float]]:
     """Median and 95th percentile (s) of several functions, timed in turn.
 
-    Each function is called once to warm up. Then, in each of `times` rounds, every function is called once in a random order, so
-    that other load on the machine and the state of its caches affect all alike.
+    The functions are first called in turn for `warm_up` seconds, three times each at least. Then, in each of `times` rounds,
+    every function is called once in a random order, so that other load on the machine and the state of its caches affect all
+    alike.
 
     Parameters
     ----------
@@ -109,9 +110,14 @@ def interleaved(works: Sequence[Callable[[int], object]], times: int) -> list[tu
         Functions of the number of the call.
     times
         Calls of each function.
+    warm_up
+        Seconds of calls that are not timed.
     """
-    for work in works:
-        work(0)
+    started, number = now(), 0
+    while number < 3 or now() - started < warm_up:
+        for work in works:
+            work(number)
+        number += 1
     rng = random.Random(0)
     durations: list[list[float]] = [[] for _ in works]
     for number in range(times):

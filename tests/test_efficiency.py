@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from test_reranker import World
 
-from corec import CorecError, sasrec
+from corec import CorecError, machine, sasrec
 from corec.params import EfficiencyParams, Params, SasrecParams
 from corec.studies import efficiency
 
@@ -40,7 +41,7 @@ def test_every_system_at_every_k_and_number_of_tokens(world: World, tmp_path: Pa
     np.testing.assert_allclose(table["usd_per_1000"] * table["lists_per_s"], 0.10 * 1000 / 3600)
     long = table[table["system"] == efficiency.SYSTEMS[1]].set_index(["K", "n_tokens"])["prompt_tokens"]
     assert long[6, 1] > long[3, 1] and long[3, 2] > long[3, 0]
-    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png"}
+    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png", "results.md"}
 
 
 def test_without_a_shared_prefix_nothing_is_kept(world: World) -> None:
@@ -61,3 +62,19 @@ def test_candidates_are_the_retrievers(world: World) -> None:
 def test_more_candidates_than_the_reranker_takes() -> None:
     with pytest.raises(CorecError, match="efficiency.candidates' lists 60: the re-ranker takes at most 50"):
         Params.checked({"efficiency": {"candidates": [10, 60]}}, "here")
+
+
+def test_kinds_of_work_are_warmed_up_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def work(kind: int, number: int) -> None:
+        calls.append(kind)
+        cold = calls.count(kind) <= 3  # the first calls of a kind are slower
+        clock[0] += 1 + 5 * cold + 0.01 * len(calls)  # and the machine slows down all the time
+
+    monkeypatch.setattr(machine, "now", lambda: clock[0])
+    found = machine.interleaved([partial(work, kind) for kind in range(4)], 40, warm_up=20)
+    middles = [middle for middle, _ in found]
+    assert max(middles) < 1.05 * min(middles), "neither the first calls nor the order favours a kind"
+    rounds = [tuple(calls[start : start + 4]) for start in range(len(calls) - 160, len(calls), 4)]
+    assert len(calls) >= 4 * 43 and all(sorted(each) == [0, 1, 2, 3] for each in rounds) and len(set(rounds)) > 5

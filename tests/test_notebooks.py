@@ -39,7 +39,9 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
     for name in stages.NOTEBOOKS:
         stages.check(settings, name)
     record = json.loads((own_folder / "figures" / "twice" / "manifest.json").read_text())
-    assert params.Params.model_validate(record["params"]) == settings and set(record["stages"]) == set(stages.ancestors("figures"))
+    assert params.Params.model_validate(record["params"]) == settings and set(record["stages"]) == set(
+        stages.ancestors("figures")
+    )
     pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
     assert pictures == "efficiency.png fig6.png fig7.png fig8.png loss_curves.png orders.png readouts.png seed_curves.png".split()
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))

@@ -10,7 +10,9 @@ from corec import CorecError, pages
 
 ROOT = Path(__file__).parents[1]
 CHANGED = subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", "figures"], check=False).returncode
-committed = pytest.mark.skipif(CHANGED != 0, reason="a run has changed figures/: `python docs/build.py` brings the documents up to date")
+committed = pytest.mark.skipif(
+    CHANGED != 0, reason="a run has changed figures/: `python docs/build.py` brings the documents up to date"
+)
 BUILD = runpy.run_path(str(ROOT / "docs" / "build.py"))
 
 

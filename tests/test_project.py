@@ -49,7 +49,7 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
     for name in third:
         assert {canonical(dist) for dist in names[name]} & declared, f"{name} is imported and not declared"
     used = {canonical(dist) for name in third for dist in names[name]}
-    tools = {"jupyterlab", "pip", "mypy", "nbstripout", "nbval", "pytest", "ruff", "ipykernel", "ipywidgets"}  # run, not imported
+    tools = {"jupyterlab", "pip", "mypy", "nbstripout", "nbval", "pytest", "pytest-xdist", "ruff", "ipykernel", "ipywidgets"}  # run, not imported
     stubs = {name for name in declared if name.startswith("types-") or name.endswith("-stubs")}
     assert declared - used - tools - stubs == set(), "declared and never imported"
 

@@ -127,7 +127,12 @@ def test_what_was_compared_is_drawn_and_kept(world: World, tmp_path: Path) -> No
     scores, curves = orders.compare_orders(world.tables.items, world.examples, settings(world), tmp_path / "stage")
     table = orders.judge_orders(scores, world.examples, users(world), settings(world))
     orders.keep_orders(table, curves, tmp_path / "figures")
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"orders.csv", "order_curves.csv", "orders.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "orders.csv",
+        "order_curves.csv",
+        "orders.png",
+        "results.md",
+    }
     again = pd.read_csv(tmp_path / "figures" / "orders.csv")
     assert again["variant"].tolist() == table["variant"].tolist()
 

@@ -100,20 +100,28 @@ def test_losses_at_equal_time_and_seeds_side_by_side(tables: data.Tables, tmp_pa
 
 
 def test_a_study_writes_into_its_own_runs_folder(tables: data.Tables, tmp_path: Path) -> None:
-    simple = pd.DataFrame({"popularity": {"NDCG@10": 0.1}}).T
+    test = baselines.windows_of(tables, "test")
+    ranks = baselines.popularity_ranks(tables, sasrec.queries(tables.interactions, test, 10))
+    simple = baselines.judge({"popularity": ranks}, test["user"].to_numpy(), settings())
     asked = settings(loss_seconds=0.01)
     made = retriever.compare(tables, asked, simple, tmp_path / "stage")
     assert set(made) == set(retriever.TABLES)
     assert (made["seeds"]["n_users"] == (tables.windows["split"] == "test").sum()).all()
     assert made["losses"]["protocol"].str.contains("leave-one-out, all unseen items").all()
     written = retriever.keep(made, tmp_path / "figures")
-    assert {path.name for path in written} == {f"{name}.csv" for name in made} | {"seed_curves.png", "loss_curves.png"}
+    assert {path.name for path in written} == {f"{name}.csv" for name in made} | {
+        "seed_curves.png",
+        "loss_curves.png",
+        "results.md",
+    }
     shown = pd.read_csv(tmp_path / "figures" / "losses.csv")
     assert shown["loss"].tolist() == made["losses"]["loss"].tolist()
     fewer = retriever.compare(tables, settings(), simple, tmp_path / "stage")
     retriever.keep(fewer, tmp_path / "figures")
     assert set(fewer) == {"seeds", "seed_curves", "baselines"}
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(fewer), "no table of an earlier comparison is left"
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {*fewer, "results"}, (
+        "no table of an earlier comparison is left"
+    )
     trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), SMALL, 0, folder=tmp_path / "stage")
     sasrec.save(trained, pd.DataFrame(), tmp_path / "stage")
     assert not list(tmp_path.glob("**/checkpoint*")), "a finished stage keeps no checkpoints"

@@ -136,7 +136,7 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
     parts, faults = [], Counter[str]()
     described = "coalesce(regexp_matches(description, '[[:alnum:]]'), false) as description"  # [] and [""] count as none
     # The description is kept only if the title may be missing, so that few descriptions are in memory.
-    doubtful = "title is null or not regexp_matches(title, '[[:alnum:]]') or regexp_matches(title, '[<{]|function')"
+    doubtful = "title is null or not regexp_matches(title, '[[:alnum:]]') or regexp_matches(title, '<|function|\\x7B')"
     text = "case when json_valid(description) then coalesce(json_extract_string(description, '$[0]'), '') else description end"
     started = f"case when {doubtful} then substr({text}, 1, 300) end as description_start"
     with open_database(scratch, "metadata.duckdb") as database:
