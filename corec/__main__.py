@@ -1,4 +1,4 @@
-"""``corec verify RUN``: compare the files of a run with the digests that its stages have recorded."""
+"""``corec verify RUN``: compare the files of a run with the digests that its stages recorded."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from corec import CorecError, stages
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 where all is as it was written."""
+    """Run the command line and return the exit status: 0 if no file has changed."""
     parser = argparse.ArgumentParser(prog="corec", description="Look after the files of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="compare the files of a run with the digests in its stage records")

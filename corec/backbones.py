@@ -124,6 +124,12 @@ def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
         return LlamaForCausalLM(config), tokenizer
 
 
+def find(name: str) -> str:
+    """The folder of a model, relative to the project's folder, if there is one of this name; else the name, for the hub."""
+    folder = paths.from_root(name)
+    return str(folder) if (folder / "config.json").exists() else name
+
+
 def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reranker.backbone") -> tuple[Any, Any]:
     """Load model and tokenizer of a backbone.
 
@@ -145,7 +151,7 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reran
     if name == "tiny":
         model, tokenizer = tiny_model()
         return model.to(dtype), tokenizer
-    source = str(smollm2_folder()) if name == "smollm2-135m" else str(Path(name).expanduser()) if name.startswith("~") else name
+    source = str(smollm2_folder()) if name == "smollm2-135m" else find(name)
     try:
         AutoConfig.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from corec import CorecError
+
 
 class Checkpoint:
     """File with the state of a training.
@@ -45,8 +47,13 @@ class Checkpoint:
         if self.path is None:
             return
         part = self.path.with_suffix(".part")
-        torch.save({"identity": self.identity, **state}, part)
-        part.replace(self.path)
+        try:
+            torch.save({"identity": self.identity, **state}, part)
+            part.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            reason = f"{self.path} could not be written ({str(error).splitlines()[0]})"
+            raise CorecError(f"{reason}: make room on the disk, or make the folder writable.") from None
 
     def remove(self) -> None:
         """Delete the file, after the result of the training is stored elsewhere."""

@@ -262,6 +262,11 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
     pools, requests = {}, {}
     for number, split in enumerate(("train", "valid", "test")):
         rows = windows[windows["split"] == split]
+        if rows.empty:
+            raise CorecError(
+                f"There is no window in split {split!r}: no user has enough interactions before a target; lower data.window, or "
+                "lower data.core or data.min_interactions to keep more users."
+            )
         limit = getattr(params.max_windows, split)
         rows = rows.sample(n=min(limit, len(rows)), random_state=seed).sort_values("window")
         chosen = params.train_truth if split == "train" else "any"

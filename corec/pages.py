@@ -1,11 +1,11 @@
-"""Pages of result tables (Markdown) from the CSV files of a folder in ``figures/``, and tables embedded in the documentation.
+"""Result pages (Markdown) from the CSV files of a folder in ``figures/``, and their tables in the documentation.
 
-``results.md`` beside the CSV files holds one section for each table. A page of the documentation names a section between two
-comments, and :func:`embed` fills in its table.
+``results.md`` in the folder of the CSV files has one section for each table. A page of the documentation marks the place of a
+table with two comments, of which the first names the section; :func:`embed` inserts the table.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -18,18 +18,18 @@ MARK = re.compile(r"<!-- table: (?P<file>[^|]+?) \| (?P<heading>[^>]+?) -->\n.*?
 
 
 def interval(row: pd.Series, name: str) -> str:
-    """A value with its interval, from columns ``name``, ``name low`` and ``name high``."""
+    """Format a value with its interval, from the columns ``name``, ``name low`` and ``name high``."""
     return f"{row[name]:.3f} ({row[f'{name} low']:.3f} to {row[f'{name} high']:.3f})"
 
 
 def span(values: pd.Series, form: str) -> str:
-    """The range of some values, or the one value that all round to."""
+    """Format the range of the values, or one value if all are equal after rounding."""
     low, high = form.format(values.min()), form.format(values.max())
     return low if low == high else f"{low} to {high}"
 
 
 def number(value: float) -> str:
-    """A number with three digits, or without decimals where it is large."""
+    """Format a number with three significant digits, or without decimals from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -117,7 +117,7 @@ def efficiency_sections(folder: Path) -> Iterator[Section]:
 
 
 def bench_table(path: Path) -> list[str]:
-    """The lines of a bench's CSV file as they are."""
+    """Rows of the CSV file of a benchmark as a Markdown table."""
     rows = []
     for _, row in pd.read_csv(path, keep_default_na=False).iterrows():
         ratio = f"{float(row['ratio']):.3g}" if row["ratio"] != "" else ""
@@ -127,7 +127,7 @@ def bench_table(path: Path) -> list[str]:
 
 
 def ladder_table(path: Path) -> list[str]:
-    """Training of SASRec step by step, for both kinds of sequences."""
+    """Table of the optimisation steps of the training of SASRec, for both kinds of sequences."""
     table = pd.read_csv(path)
     steps = table[table["name"].str.startswith("ladder_")].copy()
     steps[["kind", "step"]] = steps["name"].str.extract(r"ladder_(ml1m|short)_\d+: (.*)")
@@ -144,7 +144,7 @@ def ladder_table(path: Path) -> list[str]:
 
 
 def bench_sections(folder: Path) -> Iterator[Section]:
-    """The benches (``python -m corec.bench``), each as far as its CSV file is there."""
+    """Tables of the benchmarks (``python -m corec.bench``) whose CSV files exist."""
     if (folder / "data.csv").exists():
         yield "Data", ["`python -m corec.bench data`", "", *bench_table(folder / "data.csv")]
     if (folder / "sasrec.csv").exists():
@@ -165,17 +165,22 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
 }
 
 
-def page(folder: Path) -> str | None:
-    """The page of a folder's CSV files; None where none is known.
+def run_page(folder: Path) -> str | None:
+    """Render ``results.md`` of a run (``metrics.csv``); None if the folder holds no run.
 
-    Of a run's page (``metrics.csv``) the introduction and what else was measured, which are in no CSV file, stay as they are.
+    The introduction and the section *Other measurements*, which are in no CSV file, are copied from the existing page.
     """
-    if (folder / "metrics.csv").exists():
-        old = (folder / "results.md").read_text()
-        table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
-        introduction = old.split("\n## ")[0].partition("\n\n")[2].strip()
-        new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction)
-        return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("Other measurements"))
+    if not (folder / "metrics.csv").exists():
+        return None
+    old = (folder / "results.md").read_text()
+    table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
+    introduction = old.split("\n## ")[0].partition("\n\n")[2].strip()
+    new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction)
+    return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("Other measurements"))
+
+
+def study_page(folder: Path) -> str | None:
+    """Render the page of the studies and benches of a folder from their CSV files; None if it has no known CSV file."""
     sections = [section for name, make in KINDS.items() if (folder / name).exists() for section in make(folder)]
     if not sections:
         return None
@@ -185,22 +190,36 @@ def page(folder: Path) -> str | None:
     return "\n".join(lines)
 
 
-def write(folder: Path) -> list[Path]:
-    """Write the page of a folder beside its CSV files; returns the files (none or one)."""
-    text = page(folder)
-    if text is None:
-        return []
-    files.write_text(folder / "results.md", text)
-    return [folder / "results.md"]
+def pages_of(folder: Path) -> dict[Path, str]:
+    """All pages of a folder: ``results.md`` of a run, and that of studies, which is ``studies.md`` beside a run's."""
+    run, studies = run_page(folder), study_page(folder)
+    found = {folder / "results.md": run} if run is not None else {}
+    if studies is not None:
+        found[folder / ("results.md" if run is None else "studies.md")] = studies
+    return found
+
+
+def write_study(folder: Path) -> None:
+    """Write the page of a folder's studies. Several studies share it, so it is no output of one stage."""
+    text = study_page(folder)
+    if text is not None:
+        files.write_text(folder / ("studies.md" if (folder / "metrics.csv").exists() else "results.md"), text)
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove the tables and pictures of an earlier study in a folder, by the stem of their names."""
+    for name in names:
+        for kind in ("csv", "png"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def section_table(path: Path, heading: str) -> str:
-    """The table in a section of a page.
+    """Return the table in a section of a page.
 
     Raises
     ------
     CorecError
-        When there is no such page or section.
+        If there is no such page or section.
     """
     text = path.read_text() if path.exists() else ""
     found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
@@ -210,7 +229,7 @@ def section_table(path: Path, heading: str) -> str:
 
 
 def embed(text: str, root: Path) -> str:
-    """A page of the documentation with the tables that its comments name; ``root`` is the folder their paths count from."""
+    """Insert the tables that the comments of a page name; their paths are relative to ``root``."""
 
     def fill(match: re.Match[str]) -> str:
         table = section_table(root / match["file"], match["heading"])

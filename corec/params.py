@@ -75,7 +75,7 @@ class DataParams(Model):
     required: list[str] = []  # columns; items without all of these, and their interactions, are dropped
     brand: Literal["as_is", "normalised"] = "as_is"  # normalised: case and a leading `by` removed, `unknown` and the like missing
     tagger: str | None = None  # backbone for zero-shot tags of the items without a category
-    tags: list[str] = []  # tags that it chooses from; empty: the 20 most frequent categories of the other items
+    tags: list[str] = []  # tags that the tagger chooses from; empty: the 20 most frequent categories of the other items
     split: Literal["paper", "leave-one-out"] = "leave-one-out"
     window: int = Field(6, ge=2)  # history items per window (in training with `paper`, one fewer)
     core: int = Field(5, ge=1)  # leave-one-out: smallest number of interactions of a user and of an item
@@ -148,6 +148,7 @@ class ControlsParams(Model):
 
     scheme: str = "movielens"  # corec/schemes/<name>.yaml, or a YAML file; relative to the project's folder
     attributes: list[str] | None = None  # attributes under control; empty: all of the scheme
+    # Source of the requested values: the target (the paper), another candidate, or the catalogue.
     protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
     k: int = Field(20, ge=2, le=50)  # candidates per window that are re-ranked
     n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # numbers of constraints per request, in training and evaluation
@@ -171,7 +172,7 @@ class RerankerParams(Model):
 
     backbone: str = "smollm2-135m"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the faster one on this machine
-    readout: Literal["index", "candidate", "late"] = "late"
+    readout: Literal["index", "candidate", "late"] = "late"  # see corec.reranker.readout
     pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the last token of the line, or mean over its tokens
     layers: Literal["last", "mix"] = "mix"  # candidate, late: states of the last layer, or a learned mix of all layers
     head_width: int = Field(64, ge=1)  # late: width of the two projections P and Q

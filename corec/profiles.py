@@ -58,7 +58,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise CorecError(f"{named} {path}{rest}: `ls params` lists those that come with COREC.") from None
     except (OSError, UnicodeDecodeError):
         raise CorecError(f"{path} is no readable text file: give one of the YAML files in params/.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise CorecError(f"{path} is not YAML ({str(error).splitlines()[0]}): correct that line.") from None
     if not isinstance(values, dict):
         raise CorecError(f"{path} holds no parameters: write `name: value` lines.")
@@ -96,7 +96,14 @@ def injected(cells: list[str]) -> dict[str, Any]:
             values = {}
             for node in ast.parse(source).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    values[node.targets[0].id] = ast.literal_eval(node.value)
+                    try:
+                        values[node.targets[0].id] = ast.literal_eval(node.value)
+                    except ValueError:
+                        written = ast.unparse(node.value)
+                        raise CorecError(
+                            f"this notebook: parameter {node.targets[0].id!r} is {written}: give finite numbers, text, lists and "
+                            "mappings."
+                        ) from None
             return values
     return {}
 
@@ -123,6 +130,8 @@ def from_notebook(namespace: Mapping[str, Any]) -> Params:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise CorecError(f"this notebook: there is no parameter {name!r}: did you mean {near!r}?")
+    # From papermill -f FILE: what a whole file without a base leaves out has its default, whatever the cell's profile says.
+    whole = "run" in overrides and not {"profile", "base"} & set(overrides)
     profile = overrides.pop("profile", None) or namespace.get("profile", "params/tiny.yaml")
     if base := overrides.pop("base", None):  # from papermill -f FILE; papermill does not give the path of FILE
         beside = paths.root() / "params" / str(base)
@@ -130,7 +139,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Params:
     changes = overrides.pop("changes", None) or namespace.get("changes") or {}
     if not isinstance(profile, str | Path) or not isinstance(changes, Mapping):
         raise CorecError("this notebook: `profile` is the name of a YAML file, `changes` a mapping: correct the parameters cell.")
-    values = merge(merge(read(find(profile)), changes), overrides)
+    values = merge(merge({} if whole else read(find(profile)), changes), overrides)
     params = Params.checked(values, "this notebook" if changes or overrides else str(profile))
     check(params, "this notebook")
     return params

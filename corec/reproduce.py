@@ -1,7 +1,7 @@
 """Run the notebooks of a run in order, by papermill: ``python -m corec.reproduce params/ml-100k.yaml``.
 
-Which stages a run has is the field ``stages`` of its file. Executed copies go to ``runs/<run>/notebooks/``; what the cells
-print is shown as it comes.
+The field ``stages`` of the file lists the stages of the run. Executed copies are saved in ``runs/<run>/notebooks/``; the output
+of the cells is printed during execution.
 """
 
 import argparse
@@ -23,12 +23,12 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
     path
         A YAML file as in ``params/``.
     only
-        Names of stages, when not those of the file's ``stages`` are wanted.
+        Names of the stages to run, instead of those in ``stages`` of the file.
 
     Raises
     ------
     CorecError
-        For wrong parameters, or when a notebook stops; then it says which, and why.
+        If a parameter is wrong or a notebook stops; the message names the notebook and the reason.
     """
     settings = profiles.load(path)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -43,7 +43,7 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
 
 
 def execute(notebook: str, profile: Path, run: str) -> None:
-    """Execute one notebook with a profile; its executed copy goes to the run's folder (raises as :func:`run` does)."""
+    """Execute one notebook with a profile and save the executed copy in the folder of the run (raises as :func:`run`)."""
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
@@ -63,7 +63,7 @@ def execute(notebook: str, profile: Path, run: str) -> None:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             log_output=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns of its local, unencrypted connection
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning about the unencrypted local connection
         )
     except DeadKernelError:
         raise CorecError(
@@ -81,7 +81,7 @@ def execute(notebook: str, profile: Path, run: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     description = "Run the COREC notebooks in order with the parameters of a YAML file."
     parser = argparse.ArgumentParser(prog="python -m corec.reproduce", description=description)
     parser.add_argument("params", type=Path, help="parameter file, e.g. params/ml-100k.yaml")

@@ -62,9 +62,15 @@ def ancestors(stage: str) -> list[str]:
 
 
 def read_record(run: str, stage: str) -> dict[str, Any] | None:
-    """Record of a stage; None if it has not finished."""
+    """Return the record of a stage, or None if the stage has not finished or its record is of an earlier version or damaged."""
     path = paths.stage_dir(run, stage) / "stage.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        whole = {"identity", "made_from", "params", "outputs"} <= record.keys()
+        whole = whole and all({"sha256", "bytes", "modified_ns"} <= facts.keys() for facts in record["outputs"].values())
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return record if whole else None
 
 
 def require(run: str, stage: str) -> dict[str, Any]:

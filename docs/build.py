@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 def pages_of_figures() -> dict[Path, str]:
     """The result pages of all folders in figures/ that hold CSV files."""
-    found = {folder: pages.page(folder) for folder in sorted((ROOT / "figures").iterdir()) if folder.is_dir()}
-    return {folder / "results.md": text for folder, text in found.items() if text is not None}
+    folders = [folder for folder in sorted((ROOT / "figures").iterdir()) if folder.is_dir()]
+    return {path: text for folder in folders for path, text in pages.pages_of(folder).items()}
 
 
 def documents() -> dict[Path, str]:

@@ -153,16 +153,21 @@ def test_items_without_a_title_are_named_by_their_description(tmp_path: Path) ->
         item("B2", title="", description=["", "x"]),
         item("B3", title="", description=["It &quot;whistles&quot;."]),
         item("B4", title="", description=[]),
+        item("B5", title="Multi-Function {a:b;}", description=["", "Cuts."]),
     ]
-    reviews = [review(f"A{user}", f"B{number}") for user in range(3) for number in range(1, 5)]
+    reviews = [review(f"A{user}", f"B{number}") for user in range(3) for number in range(1, 6)]
     params = write(tmp_path / "raw", reviews, items).model_copy(update={"required": [], "core": 1})
     tables = data.prepare(params)
     assert tables.items.set_index("item_id")["title"].to_dict() == {
-        "B1": "A kettle", "B2": "Acme Kettles", "B3": 'It "whistles".', "B4": "Acme Kettles",
+        "B5": "Cuts.", "B1": "A kettle", "B2": "x", "B3": 'It "whistles".', "B4": "Acme Kettles",
     }  # fmt: skip
     counted = data.card(tables)["fields without a value"]
-    assert counted["title: missing"] == 3 and counted["title: replaced by the item's description"] == 1
-    assert counted["title: replaced by the item's brand and category"] == 2
+    assert (
+        counted["title: missing"] == 3
+        and counted["title: script or style"] == 1
+        and counted["title: replaced by the item's description"] == 3
+    )
+    assert counted["title: replaced by the item's brand and category"] == 1
     with pytest.raises(
         CorecError, match=r"No interaction of 'amazon-2018/Kettles' is left: 4 items were read, 0 of them complete"
     ):

@@ -250,3 +250,10 @@ def test_anyone_can_load_the_windows_with_datasets_alone(start_stages: Callable[
             met = controls.matches(pools.candidates, request, prepared.vocabulary.values_of)
             assert [row[place] for row in part["requests"]] == request.tolist()
             assert [row[place] for row in part["control"]] == controls.control_scores(met, pools.is_truth()).tolist()
+
+
+def test_histories_that_are_too_short_end_in_a_sentence() -> None:
+    windows = pd.DataFrame({"window": [0, 1], "target": [1, 2], "split": ["valid", "test"]})
+    found = pd.DataFrame({"window": [0, 1], "candidates": [[1, 2, 3]] * 2, "scores": [[3.0, 2.0, 1.0]] * 2})
+    with pytest.raises(CorecError, match="no window in split 'train': .* lower data.window"):
+        controls.prepare(windows, found, ITEMS, ControlsParams(k=3, n_tokens=[0, 1]), seed=0)

@@ -41,7 +41,8 @@ def test_every_system_at_every_k_and_number_of_tokens(world: World, tmp_path: Pa
     np.testing.assert_allclose(table["usd_per_1000"] * table["lists_per_s"], 0.10 * 1000 / 3600)
     long = table[table["system"] == efficiency.SYSTEMS[1]].set_index(["K", "n_tokens"])["prompt_tokens"]
     assert long[6, 1] > long[3, 1] and long[3, 2] > long[3, 0]
-    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png", "results.md"}
+    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png"}
+    assert "## Latency" in (tmp_path / "f" / "results.md").read_text()
 
 
 def test_without_a_shared_prefix_nothing_is_kept(world: World) -> None:
@@ -62,6 +63,13 @@ def test_candidates_are_the_retrievers(world: World) -> None:
 def test_more_candidates_than_the_reranker_takes() -> None:
     with pytest.raises(CorecError, match="efficiency.candidates' lists 60: the re-ranker takes at most 50"):
         Params.checked({"efficiency": {"candidates": [10, 60]}}, "here")
+
+
+def test_a_small_catalogue_names_the_parameter_of_the_timings(world: World) -> None:
+    params = settings(world)
+    params = params.model_copy(update={"efficiency": EfficiencyParams(candidates=[3, 50], repeats=2, users=3)})
+    with pytest.raises(CorecError, match="efficiency.candidates lists 50, but some user has only"):
+        efficiency.measure(world.tables, world.prepared, retriever(world), world.build(params), params)
 
 
 def test_kinds_of_work_are_warmed_up_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

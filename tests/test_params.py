@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from corec import CorecError, paths, profiles
 from corec.params import ControlsParams, Params, RerankerParams, SasrecParams
@@ -156,3 +157,12 @@ def test_relative_paths_count_from_the_projects_folder(tmp_path: Path, monkeypat
     own = elsewhere / "own.yaml"
     own.write_text("run: own\n")
     assert profiles.find("own.yaml") == own, "a profile may also be beside the caller"
+
+
+def test_a_whole_file_through_papermills_f_is_that_run_and_not_a_change_of_tiny() -> None:
+    file = Path(__file__).parents[1] / "params" / "ml-100k.yaml"
+    values = yaml.safe_load(file.read_text())
+    cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    assert profiles.from_notebook(notebook(cell)) == profiles.load(file)
+    with pytest.raises(CorecError, match="parameter 'seed' is float\\('inf'\\): give finite numbers"):
+        profiles.from_notebook(notebook("# Parameters\nseed = float('inf')\n"))

@@ -42,14 +42,25 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                      [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
     }  # fmt: skip
-    local = {"corec", "deepspeed", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {"corec", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     third = {name for name in found - local if name not in sys.stdlib_module_names and name}
     groups = (project["dependencies"], *project["optional-dependencies"].values())
     declared = {canonical(pin.split("==")[0]) for group in groups for pin in group}
     for name in third:
         assert {canonical(dist) for dist in names[name]} & declared, f"{name} is imported and not declared"
     used = {canonical(dist) for name in third for dist in names[name]}
-    tools = {"jupyterlab", "pip", "mypy", "nbstripout", "nbval", "pytest", "pytest-xdist", "ruff", "ipykernel", "ipywidgets"}  # run, not imported
+    tools = {
+        "jupyterlab",
+        "pip",
+        "mypy",
+        "nbstripout",
+        "nbval",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "ipykernel",
+        "ipywidgets",
+    }  # run, not imported
     stubs = {name for name in declared if name.startswith("types-") or name.endswith("-stubs")}
     assert declared - used - tools - stubs == set(), "declared and never imported"
 
@@ -173,6 +184,27 @@ def test_a_file_that_has_changed_is_noticed(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(CorecError, match="table.csv is missing"):
         stages.require("r", "data")
     assert corec_main(["verify", "none"]) == 1 and "no finished stage of a run 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ['{"stage": "data"', '{"identity": "x", "made_from": {}, "params": {}, "outputs": {"a": "0f"}}', "[]"]
+)
+def test_a_record_that_is_damaged_or_of_an_earlier_version_is_none(text: str) -> None:
+    finish(RUN, "data")
+    (paths.stage_dir("r", "data") / "stage.json").write_text(text)
+    with pytest.raises(CorecError, match="no finished stage 'data'"):
+        stages.require("r", "data")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CorecError, match=r"out.json could not be written \(No space left on device\): make room"):
+        files.write_text(tmp_path / "out.json", "x")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_machine_of_a_record_is_the_processor() -> None:

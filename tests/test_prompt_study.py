@@ -6,7 +6,7 @@ import pytest
 from test_reranker import World
 
 from corec import evaluation
-from corec.params import Params
+from corec.params import FiguresParams, Params, RerankerParams
 from corec.reranker import Examples, Reranker, train
 from corec.studies import orders, readouts
 
@@ -140,3 +140,13 @@ def test_what_was_compared_is_drawn_and_kept(world: World, tmp_path: Path) -> No
 def test_readouts_side_by_side(world: World) -> None:
     curves = readouts.compare_readouts(world.tables.items, world.examples, with_study(world.params(), readout_steps=1))
     assert curves["readout"].tolist() == list(readouts.READOUTS) and np.isfinite(curves["loss"]).all()
+
+
+def test_few_candidates_have_a_smaller_cut_off(atomic: Path) -> None:
+    small = World(atomic, k=4)
+    params = Params(controls=small.controls, figures=FiguresParams(k=3), reranker=RerankerParams(backbone="tiny"))
+    count = len(small.prepared.pools["test"].window)
+    table = orders.judge_orders(
+        {("late, after", 0): np.random.default_rng(0).random((count, 3, 4))}, small.examples, users(small), params
+    )
+    assert table["value"].notna().all() and orders.valid_cp(small.build(params), small.examples, params) >= 0

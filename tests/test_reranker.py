@@ -499,14 +499,76 @@ def test_a_second_training_begins_where_the_first_began(world: World) -> None:
         assert torch.equal(value, states[name]), name
 
 
-def test_a_checkpoint_of_another_number_format_is_refused(world: World, tmp_path: Path) -> None:
-    params = world.params(dtype="auto")
-    reranker.train(world.build(world.params(dtype="float32")), world.examples, params, tmp_path, stop_after=4)
+def test_a_checkpoint_of_another_number_format_is_refused_and_the_advice_works(world: World, tmp_path: Path) -> None:
+    reranker.train(world.build(world.params(dtype="float32")), world.examples, world.params(dtype="auto"), tmp_path, stop_after=4)
     other = world.build(world.params(dtype="bfloat16"))
-    with pytest.raises(
-        CorecError, match=r"made in torch.float32, this training computes in torch.bfloat16: set reranker.dtype to 'float32'"
-    ):
-        reranker.train(other, world.examples, params, tmp_path)
+    sentence = r"made in torch.float32, this training computes in torch.bfloat16: set reranker.dtype to 'float32'"
+    with pytest.raises(CorecError, match=sentence):
+        reranker.train(other, world.examples, world.params(dtype="auto"), tmp_path)
+    params = world.params(dtype="float32")
+    curve = reranker.train(world.build(params), world.examples, params, tmp_path)
+    whole = reranker.train(world.build(params), world.examples, params, None)
+    assert curve["loss"].tolist() == whole["loss"].tolist(), "it goes on from the fourth step"
+
+
+def test_resuming_in_bfloat16_keeps_the_float32_copies(world: World, tmp_path: Path) -> None:
+    params = world.params(dtype="bfloat16", max_minutes=1000)
+    whole, resumed = world.build(params), world.build(params)
+    unbroken = reranker.train(whole, world.examples, params, None)
+    reranker.train(world.build(params), world.examples, params, tmp_path, stop_after=4)
+    curve = reranker.train(resumed, world.examples, params, tmp_path)
+    assert curve["loss"].tolist() == unbroken["loss"].tolist()
+    for name, value in whole.trainable().items():
+        assert torch.equal(resumed.trainable()[name], value), name
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert {value.dtype for state in saved.values() for value in state.values()} == {torch.float32}
+
+
+def test_an_interrupted_training_cell_can_be_run_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = world.params(max_minutes=1000, micro_batch=1)
+    unbroken = reranker.train(world.build(params), world.examples, params, None)
+    for stop in (1, 9):  # in the first step between two passes, and after the first checkpoint
+        model, calls = world.build(params), [0]
+
+        def interrupt(scores: torch.Tensor, control: torch.Tensor, calls: list[int] = calls, stop: int = stop) -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == stop + 1:
+                raise KeyboardInterrupt
+            return reranker.ranknet(scores, control)
+
+        folder = tmp_path / str(stop)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["corec.reranker.training"], "ranknet", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                reranker.train(model, world.examples, params, folder)
+        assert any(value.grad is not None for value in model.trainable().values()), "stopped in the middle of a step"
+        curve = reranker.train(model, world.examples, params, folder)
+        assert curve["loss"].tolist() == unbroken["loss"].tolist()
+
+
+def test_a_training_that_was_resumed_to_its_end_can_be_run_again(world: World, tmp_path: Path) -> None:
+    params = world.params(max_minutes=1000)
+    unbroken = reranker.train(world.build(params), world.examples, params, tmp_path)
+    model = world.build(params)
+    assert len(reranker.train(model, world.examples, params, tmp_path)) == len(unbroken), "nothing is left to train"
+    (tmp_path / "checkpoint.pt").unlink()
+    assert reranker.train(model, world.examples, params, tmp_path)["loss"].tolist() == unbroken["loss"].tolist()
+
+
+def test_other_data_do_not_resume(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = world.params()
+    reranker.train(world.build(params), world.examples, params, tmp_path, stop_after=4)
+    history = {window: [*items[:-1], items[-1] % 50 + 1] for window, items in world.examples.history.items()}
+    other = reranker.Examples(history, world.prepared)
+    assert len(reranker.train(world.build(params), other, params, tmp_path, stop_after=1)) == 1
+    assert "is of other data or parameters" in capsys.readouterr().out
+
+
+def test_a_backbones_folder_counts_from_the_projects(world: World, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbones.save_whole(own_folder / "models" / "mine", *backbones.tiny_model())
+    (own_folder / "elsewhere").mkdir()
+    monkeypatch.chdir(own_folder / "elsewhere")
+    assert backbones.load("models/mine")[0].config.hidden_size == 64
 
 
 def test_scores_are_kept_for_the_evaluation(world: World, start_stages: Callable[[Params, str], stages.Stage]) -> None:

@@ -109,11 +109,7 @@ def test_a_study_writes_into_its_own_runs_folder(tables: data.Tables, tmp_path: 
     assert (made["seeds"]["n_users"] == (tables.windows["split"] == "test").sum()).all()
     assert made["losses"]["protocol"].str.contains("leave-one-out, all unseen items").all()
     written = retriever.keep(made, tmp_path / "figures")
-    assert {path.name for path in written} == {f"{name}.csv" for name in made} | {
-        "seed_curves.png",
-        "loss_curves.png",
-        "results.md",
-    }
+    assert {path.name for path in written} == {f"{name}.csv" for name in made} | {"seed_curves.png", "loss_curves.png"}
     shown = pd.read_csv(tmp_path / "figures" / "losses.csv")
     assert shown["loss"].tolist() == made["losses"]["loss"].tolist()
     fewer = retriever.compare(tables, settings(), simple, tmp_path / "stage")

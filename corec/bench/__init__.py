@@ -1,1 +1,1 @@
-"""Timings, side by side in one run: ``python -m corec.bench data``, or ``sasrec``, ``engine``, ``large``."""
+"""Benchmarks with their baselines: ``python -m corec.bench`` with ``data``, ``sasrec``, ``engine`` or ``large``."""

@@ -1,7 +1,7 @@
-"""``python -m corec.bench data``, or ``sasrec``, ``engine``, ``large``.
+"""Command line of the benchmarks: ``python -m corec.bench`` with ``data``, ``sasrec``, ``engine`` or ``large``.
 
-Prints one JSON object a line (``name value unit baseline ratio``: `ratio` is how the value stands to the named baseline), or a
-table with ``--table``; ``--csv`` writes a file as in ``figures/bench/``.
+Prints one JSON object per line (``name value unit baseline ratio``; `ratio` compares the value with the named baseline), or a
+table with ``--table``; ``--csv`` also writes a CSV file as in ``figures/bench/``.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from corec.bench.clock import Timing
 
 
 def measure(given: argparse.Namespace) -> Iterator[Timing]:
-    """The figures of the chosen bench, as they are made."""
+    """Yield the measurements of the chosen benchmark."""
     if given.command == "data":
         from corec.bench.data import bench_data
 
@@ -37,7 +37,7 @@ def measure(given: argparse.Namespace) -> Iterator[Timing]:
 
 
 def to_csv(figures: list[Timing]) -> str:
-    """The figures as CSV, numbers with four digits."""
+    """Format measurements as CSV, numbers with four significant digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Timing._fields)
@@ -48,7 +48,7 @@ def to_csv(figures: list[Timing]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m corec.bench", description="Timings as JSON lines, or as a table.")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="stage 01 on synthetic files of Amazon's format")
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     lines, made = sys.stdout, []
     try:
-        with redirect_stdout(sys.stderr):  # what the parts print while they run is none of the figures
+        with redirect_stdout(sys.stderr):  # progress lines are not measurements
             for figure in measure(given):
                 made.append(figure)
                 ratio = "" if figure.ratio is None else f"{figure.ratio:8.2f} x {figure.baseline}"

@@ -1,4 +1,4 @@
-"""``python -m corec.bench engine``: scoring and training many requests of a user against one at a time."""
+"""``python -m corec.bench engine``: many requests of a user per forward pass, compared with one request at a time."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +16,13 @@ from corec import controls, data, machine, params, paths, profiles, reranker
 from corec.bench.clock import Timing
 from corec.bench.plain import reranker as plain
 from corec.reranker import engine
+from corec.reranker.fused import fuse
 
 REQUESTS = 8
 
 
 def world(k: int, windows: int) -> tuple[Any, Any, Any]:
-    """Settings, examples and a fresh re-ranker of the default run, with K random unseen candidates in every pool."""
+    """Settings, examples and an untrained re-ranker of the default run, with K random candidates in every pool."""
     settings = profiles.load(paths.root() / "params" / "ml-100k.yaml")
     few = params.MaxWindows(train=windows, valid=1, test=windows)
     own = settings.controls.model_copy(update={"k": k, "max_windows": few, "train_truth": "any"})
@@ -37,7 +38,7 @@ def world(k: int, windows: int) -> tuple[Any, Any, Any]:
 
 
 def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], float]:
-    """The bare matrix products of a forward over [batch, length] tokens, and their FLOP."""
+    """Function that computes the bare matrix products of a forward pass over [batch, length] tokens, and their FLOP."""
     config = model.config
     width, heads, keys, layers = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers,
@@ -62,7 +63,7 @@ def products(model: Any, batch: int, length: int) -> tuple[Callable[[], None], f
 
 
 def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Timing]:
-    """Scoring, kept prefixes, training and the rate of arithmetic, side by side with the plain ways."""
+    """Time scoring, cached prefixes and training, compared with the reference implementations and with bare matrix products."""
     settings, examples, model = world(k, windows)
     pools, table = examples.prepared.pools["test"], examples.prepared.vocabulary
     rng = np.random.default_rng(1)
@@ -75,7 +76,7 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Timing]:
     yield from training(settings, examples, model)
     model.model.eval()
     with torch.inference_mode():
-        some = np.arange(model.params.eval_batch_size)  # the plain way is slow: the first few users, for both
+        some = np.arange(model.params.eval_batch_size)  # the reference is slow: both score the first few users only
         few, asked = pools.take(some), [request[some] for request in requests]
         ours = machine.seconds(lambda: reranker.score(model, examples, few, asked)) / len(some)
         for name, last in (("score_8_vs_full_logits", False), ("score_8_vs_last_logits", True)):
@@ -89,18 +90,22 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Timing]:
 
 
 def single(rows: list[reranker.Row], number: int) -> reranker.Row:
-    """The first row with one of its requests alone."""
+    """Return the first row with one of its requests only."""
     return rows[0]._replace(suffixes=[rows[0].suffixes[number % REQUESTS]])
 
 
 @torch.inference_mode()
 def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float) -> Iterator[Timing]:
-    """Latency of single requests against a kept prefix by a model with its adapter merged.
+    """Time single requests with a cached prefix.
 
     Parameters
     ----------
+    model
+        Re-ranker with a merged adapter.
+    rows
+        Rows with :data:`REQUESTS` requests each.
     whole
-        Seconds of the plain way: a whole forward, the adapter as peft has it.
+        Seconds of a whole forward pass of the reference implementation, with the adapter not merged.
     """
     prefix = engine.prefill(model, rows[0])
     middle, high = machine.percentiles(lambda i: engine.answer(model, prefix, single(rows, i).suffixes), 80)
@@ -117,23 +122,29 @@ def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float)
 def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]:
     """The fused layers against transformers' own with its SDPA attention, plain and compiled by ``torch.compile``.
 
-    Adapter merged; a batch of packed rows, and one request behind a kept prefix. Compilation is not timed.
+    Adapter merged; a batch of packed rows, and one request behind a kept prefix. The start is the time until both have been
+    computed once: of the fused layers with the trials that make them, of ``torch.compile`` with a fresh cache.
     """
     if model.fused is None:
         return
     batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
     library = replace(model, fused=None)
     base = library.causal.base_model
-    compiled = torch.compile(base, dynamic=True)
+    compiled = torch.compile(base, dynamic=True, options={"fx_graph_cache": False})
     ways = {"fused": (model, base), "sdpa": (library, base), "compile": (library, compiled)}
+    started: dict[str, float] = {}
     scored, answered = {}, {}
     for name, (way, layers) in ways.items():
         setattr(way.causal, way.causal.base_model_prefix, layers)
         try:
+            start = machine.now()
+            if name == "fused":
+                fuse(model.causal)
             prefix = engine.prefill(way, rows[0])
             works = [partial(way.forward, batch), partial(engine.answer, way, prefix, rows[0].suffixes[:1])]
             for work in works:
-                work()  # compiles
+                work()
+            started[name] = machine.now() - start
             scored[name] = machine.seconds(works[0]) / len(batch)
             answered[name] = machine.percentiles(lambda i: engine.answer(way, prefix, single(rows, i).suffixes), 40)[0]  # noqa: B023
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no compiler, say
@@ -148,10 +159,12 @@ def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> I
         ratio = answered[name] / answered["fused"]
         label = f"transformers, {1e3 * answered[name]:.0f} ms"
         yield Timing(f"one_request_fused_vs_{name}", 1e3 * answered["fused"], "ms", label, ratio)
+        ratio = started[name] / started["fused"]
+        yield Timing(f"start_fused_vs_{name}", started["fused"], "s", f"transformers, {started[name]:.1f} s", ratio)
 
 
 def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]:
-    """Arithmetic of a batch of packed rows of like length against the bare products of the same shapes, and where time goes."""
+    """FLOP/s of a batch of packed rows of similar length, compared with bare matrix products; shares of time by operation."""
     batch = sorted(rows, key=lambda row: len(row.prefix))[: model.params.eval_batch_size]
     size = reranker.collate(batch, 0, "end").ids.shape
     run, flop = products(model.causal, size[0], size[1])
@@ -167,7 +180,7 @@ def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]
 
 
 def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
-    """MB that a forward pass keeps for the gradient: each tensor once, the `weights` not."""
+    """MB that a forward pass stores for the backward pass; each storage counts once, `weights` do not count."""
     known = {weight.untyped_storage().data_ptr() for weight in weights}
     sizes: dict[int, int] = {}
 
@@ -178,13 +191,13 @@ def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = work()  # as long as it is there, no storage is used twice
+        made = work()  # while it is referenced, no storage is reused
     del made
     return sum(sizes.values()) / 1e6
 
 
 def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator[Timing]:
-    """Supervised requests a second: a step of the default run against one request a forward with full logits."""
+    """Time a training step of the default run, compared with one request per forward pass, in supervised requests per second."""
     model.model.train()
     batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
     rows = reranker.make_rows(model, examples, batch.pools, batch.requests)

@@ -136,8 +136,9 @@ def read_metadata(path: Path, scratch: Path, params: DataParams, dirt: Counter[t
     parts, faults = [], Counter[str]()
     described = "coalesce(regexp_matches(description, '[[:alnum:]]'), false) as description"  # [] and [""] count as none
     # The description is kept only if the title may be missing, so that few descriptions are in memory.
-    doubtful = "title is null or not regexp_matches(title, '[[:alnum:]]') or regexp_matches(title, '<|function|\\x7B')"
-    text = "case when json_valid(description) then coalesce(json_extract_string(description, '$[0]'), '') else description end"
+    doubtful = "title is null or not regexp_matches(title, '[[:alnum:]]') or regexp_matches(title, '<|&|function|\\x7B', 'i')"
+    first = "list_filter(json_extract_string(description, '$[*]'), lambda text: regexp_matches(text, '[[:alnum:]]'))[1]"
+    text = f"case when json_valid(description) and json_type(description) = 'ARRAY' then {first} else description end"
     started = f"case when {doubtful} then substr({text}, 1, 300) end as description_start"
     with open_database(scratch, "metadata.duckdb") as database:
         query = f"create or replace table items as select {', '.join(FIELDS)}, {described}, {started} from {{lines}}"
@@ -187,7 +188,7 @@ def choose_reviews(
 ) -> pd.DataFrame:
     """Select the reviews of complete items by users with enough of them, in the file's order.
 
-    The function is long because its queries are to be read in one piece.
+    The function is long because its queries belong together.
 
     The users are the same that :func:`corec.data.split_by_time` selects. Only the first review of an item by a user counts.
     Split ``paper`` keeps users with at least `min_interactions`, of these the `max_users` with the most, and the `latest`

@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Lines:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+    except (OSError, csv.Error, ValueError) as error:
         raise CorecError(
             f"{path} is not a tab-separated text file with a header ({str(error).splitlines()[0]}): correct or replace it."
         ) from None

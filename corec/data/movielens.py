@@ -49,7 +49,7 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
         raise CorecError(f"{path} is missing: put the file there, or leave the parameter data.path empty.")
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         fault = str(error).strip().splitlines()[-1]
         raise CorecError(f"{path} is not a tab-separated text file with a header ({fault}): correct or replace it.") from None
     table.columns = [name.split(":")[0] for name in table.columns]

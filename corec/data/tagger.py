@@ -85,8 +85,8 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
         model = model.eval().to(device)
         before = tokenizer(PROMPT[0])["input_ids"]  # with the beginning-of-text token, if the model has one
         after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]
-        pieces = tokenizer([f" {name}" for name in tags], add_special_tokens=False)["input_ids"]
-        plain = {"add_special_tokens": False, "split_special_tokens": True}  # text in a title is never a special token
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # text of the data is never a special token
+        pieces = tokenizer([f" {name}" for name in tags], **plain)["input_ids"]
         encoded = [ids[:TITLE_TOKENS] for ids in tokenizer([f" {title}" for title in new], **plain)["input_ids"]]
         prior = log_likelihoods(model, torch.tensor([before + after], device=device), pieces)
         order, shown = sorted(range(len(new)), key=lambda i: len(encoded[i])), time.monotonic()

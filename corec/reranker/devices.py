@@ -1,9 +1,9 @@
-"""Several processes by accelerate: what each computes of a step, and how the re-ranker is prepared for it.
+"""Training on several processes with accelerate: the share of each process in a step, and the preparation of the re-ranker.
 
-All processes draw the same batch from seed and step, and each computes its own windows. The mean of their gradients is that of
-one process with the whole batch (but for dropout, which each draws for itself). ``accelerate launch`` with a file of
-``params/launch/`` says where the weights are: on every device (data parallel), or those of each transformer layer in shards
-(FSDP).
+All processes draw the same batch from seed and step, and each computes its own windows. The mean of their gradients equals the
+gradient of one process with the whole batch, except for dropout, which each process draws independently. The file of
+``params/launch/`` that is passed to ``accelerate launch`` selects where the weights are: on every device (data parallel), or the
+weights of each transformer layer in shards (FSDP).
 """
 
 import os
@@ -26,7 +26,7 @@ from corec.reranker.prompt import Row
 
 
 class Scorer(nn.Module):
-    """The re-ranker's forward pass as a module, which accelerate can wrap."""
+    """Forward pass of the re-ranker as a module that accelerate can wrap."""
 
     def __init__(self, reranker: Reranker) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class Scorer(nn.Module):
 
 
 def prepare(reranker: Reranker, accelerator: Accelerator) -> nn.Module:
-    """The re-ranker as a module, prepared for the processes of `accelerator`: data parallel, or its layers sharded.
+    """Wrap the re-ranker as a module for the processes of `accelerator`: data parallel, or with sharded layers.
 
     Raises
     ------
     CorecError
-        For a launch with FSDP where the architecture does not say which of its modules are layers.
+        If FSDP is requested and the architecture does not name its transformer layers.
     """
     module = Scorer(reranker)
     if accelerator.num_processes > 1 and asked_for("ACCELERATE_USE_FSDP"):
@@ -60,12 +60,12 @@ def asked_for(name: str) -> bool:
 
 
 def shard(module: Scorer, reranker: Reranker, accelerator: Accelerator) -> nn.Module:
-    """Leave on each device its share of every transformer layer; all else is data parallel.
+    """Shard every transformer layer over the devices; all other parameters are data parallel.
 
-    accelerate's own FSDP is not used: it takes the launch for data parallel where there is no GPU, so that nothing of it could be
-    tested there; it wraps the whole model too, under which transformers no longer returns the states of the layers that the
-    read-outs take; and it wants one number format for all trained parameters, where the head is float32. Layers may come from
-    the CPU; they go to the device one by one.
+    The FSDP of accelerate is not used, for three reasons. Without a GPU it falls back to data parallelism, so it could not be
+    tested. It also wraps the whole model, and transformers then no longer returns the states of the layers, which the read-outs
+    need. It requires one number format for all trained parameters, but the head is float32. Layers on the CPU are moved to the
+    device one at a time.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -80,7 +80,7 @@ def shard(module: Scorer, reranker: Reranker, accelerator: Accelerator) -> nn.Mo
 
 
 def layer_names(model: Any) -> list[str]:
-    """The class names of a Hugging Face model's transformer layers (raises CorecError where it does not give them)."""
+    """Class names of the transformer layers of a Hugging Face model (raises CorecError if it does not name them)."""
     names = sorted(getattr(model, "_no_split_modules", None) or ())
     present = {type(module).__name__ for module in model.modules()}
     if not present & set(names):
@@ -92,12 +92,12 @@ def layer_names(model: Any) -> list[str]:
 
 
 def share(windows: int, rank: int, size: int) -> slice:
-    """Which of a step's windows the process `rank` of `size` computes: equally many on each.
+    """Windows of a step that the process `rank` of `size` computes; every process has the same number.
 
     Raises
     ------
     CorecError
-        When they cannot be shared equally.
+        If `windows` is not a multiple of `size`.
     """
     if windows % size:
         raise CorecError(
@@ -109,17 +109,17 @@ def share(windows: int, rank: int, size: int) -> slice:
 
 
 def gather(value: Any) -> list[Any]:
-    """A value of every process, on all of them."""
+    """Gather a value from every process; all processes return the list."""
     return list(gather_object([value]))
 
 
 def agree(value: Any) -> Any:
-    """The first process's value, on all of them."""
+    """Broadcast the value of the first process; all processes return it."""
     return broadcast_object_list([value])[0]
 
 
 def require_same(steps: int, checkpoint: Path | None) -> None:
-    """Raise CorecError unless all processes go on from the same number of steps."""
+    """Raise CorecError unless all processes resume from the same number of steps."""
     if len(set(gather(steps))) > 1:
         raise CorecError(
             f"The processes do not find the same {checkpoint}: give all machines one folder for runs/, or delete it on all."

@@ -126,9 +126,11 @@ class Reranker:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Restore the initial values of the trainable parameters if training has changed them."""
+        """Restore the initial values of the trainable parameters if training has changed them, and remove their gradients."""
+        values = self.trainable()
+        for value in values.values():
+            value.grad = None
         if self.trained:
-            values = self.trainable()
             for name, start in self.start.items():
                 values[name].copy_(start)
         self.trained = False

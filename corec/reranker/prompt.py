@@ -74,12 +74,20 @@ def extend_tokenizer(model: Any, tokenizer: Any, tokens: dict[str, str]) -> list
     Returns
     -------
     Token ids of the new tokens, consecutive and in the order of `tokens`.
+
+    Raises
+    ------
+    CorecError
+        If the tokenizer has one of the tokens already.
     """
     before = len(tokenizer)
     pieces = encode(tokenizer, list(tokens.values()))
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
     added = list(range(before, before + len(tokens)))
-    assert tokenizer.convert_tokens_to_ids(list(tokens)) == added, "new tokens must be new and in order"
+    numbers = tokenizer.convert_tokens_to_ids(list(tokens))
+    if numbers != added:
+        taken = next(token for token, number in zip(tokens, numbers, strict=True) if number < before)
+        raise CorecError(f"The backbone has a token {taken} already: give the attribute another name in the scheme.")
     model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
     with torch.no_grad():
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:

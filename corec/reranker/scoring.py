@@ -1,5 +1,6 @@
 """Scores of the candidates of every window under its requests, and their dependence on the constraints."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from corec import CorecError, controls
+from corec import CorecError, controls, files
 from corec.controls import Pools, standardise
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
@@ -36,6 +37,15 @@ def load_examples(windows: pd.DataFrame, prepared: controls.Prepared) -> Example
     sampled = np.concatenate([pools.window for pools in prepared.pools.values()])
     rows = windows.set_index("window").loc[sampled, "history"]
     return Examples({window: list(history) for window, history in rows.items()}, prepared)
+
+
+def fingerprint(examples: Examples) -> str:
+    """A digest of the training windows: histories, pools and vocabulary."""
+    prepared, pools = examples.prepared, examples.prepared.pools["train"]
+    arrays = [pools.window, pools.candidates, pools.truth, prepared.vocabulary.values_of]
+    hashed = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+    histories = [[int(item) for item in examples.history[window]] for window in pools.window]
+    return files.digest([hashed, histories, prepared.vocabulary.labels])
 
 
 def make_rows(

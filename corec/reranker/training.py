@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from corec import CorecError, controls, files, stages
 from corec.checkpoint import Checkpoint
@@ -23,11 +24,11 @@ from corec.reranker.model import Reranker
 from corec.reranker.optimizer import MasterAdamW, load_state, whole_state
 from corec.reranker.prompt import Row
 from corec.reranker.readout import ranknet
-from corec.reranker.scoring import Examples, make_rows, memory_for
+from corec.reranker.scoring import Examples, fingerprint, make_rows, memory_for
 
 
 class TrainingBatch(NamedTuple):
-    """One optimiser step's windows with their requests and control scores."""
+    """Windows of one optimiser step with their requests and control scores."""
 
     pools: Pools
     requests: list[np.ndarray]  # R arrays [windows, n]
@@ -36,10 +37,10 @@ class TrainingBatch(NamedTuple):
 
 
 def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
-    """The batch of a step, drawn from the seed and the step alone, so that resuming repeats nothing.
+    """Draw the batch of a step; it depends on seed and step only, so a resumed training uses the same batches.
 
-    In the first `curriculum_steps` steps prompts are plain: one constraint a request in the first half of them, then
-    the lengths of ``controls.n_tokens`` in turn without 0. Afterwards a window's requests go through all lengths.
+    In the first `curriculum_steps` steps, prompts are plain: in the first half of them, requests have one constraint; in the
+    second half, their lengths cycle through ``controls.n_tokens`` without 0. In later steps they cycle through all lengths.
     """
     settings, prepared = params.reranker, examples.prepared
     rng = np.random.default_rng([params.seed, 4, step])
@@ -73,23 +74,22 @@ def backward(
     rows: Sequence[Row],
     control: np.ndarray,
     module: nn.Module | None = None,
-    accelerator: Accelerator | None = None,
 ) -> float:
-    """Add the gradient of the batch's loss, a few windows in memory at a time; returns the loss.
+    """Accumulate the gradient of the loss of a batch, `micro_batch` windows at a time; returns the loss.
 
-    Windows of like length share a pass, so that little padding is computed.
+    Windows of similar length share a pass, which reduces padding.
 
     Parameters
     ----------
     reranker
         The model.
     rows
-        Of all windows, in order (see :func:`corec.reranker.make_rows`).
+        Rows of all windows, in order (see :func:`corec.reranker.make_rows`).
     control
         Control scores [windows, R, K].
-    module, accelerator
-        The re-ranker as prepared for several processes (see :mod:`corec.reranker.devices`); gradients then become the means over
-        the processes with the last pass.
+    module
+        The re-ranker prepared for several processes (see :mod:`corec.reranker.devices`); the last pass then averages the
+        gradients over the processes.
     """
     score = module or reranker.forward
     windows, total = len(control), 0.0
@@ -99,7 +99,7 @@ def backward(
     size = reranker.params.micro_batch
     for start in range(0, windows, size):
         some, last = order[start : start + size], start + size >= windows
-        wait = accelerator.no_sync(module) if accelerator and module and not last else nullcontext()
+        wait = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
         with wait, memory_for("micro_batch"):
             scores = score([row for i in some for row in groups[i]])
             wanted = torch.from_numpy(control[some]).to(reranker.device)
@@ -110,7 +110,7 @@ def backward(
 
 
 def not_a_number(step: int, batch: TrainingBatch, folder: Path | None) -> CorecError:
-    """The error of a loss or gradient that is not finite; keeps the step's batch in ``failed_batch.json`` of `folder`."""
+    """Return the error for a loss or gradient that is not finite; writes the batch to ``failed_batch.json`` in `folder`."""
     where = ""
     if folder:
         kept = {
@@ -129,21 +129,21 @@ def not_a_number(step: int, batch: TrainingBatch, folder: Path | None) -> CorecE
 
 
 class Clock:
-    """The time of a training, and how much of its schedule has passed.
+    """Time spent in training, and progress of the learning-rate schedule.
 
-    The schedule counts steps. While the time spent predicts that the steps will not be done within `max_minutes`, it counts time
-    instead, so that the learning rate still ends at 0.
+    The progress is measured in steps. While the steps are not expected to finish within `max_minutes`, it is measured in time, so
+    that the learning rate still decreases to 0.
     """
 
     def __init__(self, max_minutes: float, spent: float) -> None:
         self.limit, self.spent, self.started = 60 * max_minutes, spent, time.monotonic() - spent
 
     def tick(self) -> None:
-        """Read the clock of the first process."""
+        """Update the time spent, measured by the first process."""
         self.spent = devices.agree(time.monotonic() - self.started)
 
     def progress(self, step: int, total: int) -> float:
-        """Share of the training that has passed with this step."""
+        """Progress at `step`, as a share of the training."""
         late = self.spent / (step + 1) * total > self.limit and self.spent > 60
         return self.spent / self.limit if late else step / total
 
@@ -156,34 +156,34 @@ def train(
     stop_after: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
-    """Fine-tune with RankNet on control scores; resumes from `folder` where it was interrupted.
+    """Fine-tune with RankNet on control scores; resumes from the checkpoint in `folder`, if there is one.
 
-    Training begins from the state that :func:`corec.reranker.build` made, whatever came between, and ends after
-    ``curriculum_steps + steps`` steps or at `max_minutes` (see :class:`Clock`). The function is long because its loop is to be
-    read in one piece.
+    Training starts from the initial parameters of :func:`corec.reranker.build`, even if the model was trained before, and ends
+    after ``curriculum_steps + steps`` steps or after `max_minutes` (see :class:`Clock`). The function is long because its
+    training loop belongs together.
 
     Parameters
     ----------
     reranker, examples, params
-        The model, its windows, and the settings of the run.
+        Model, windows, and settings of the run.
     folder
-        Where checkpoints go; without one none is kept.
+        Folder of the checkpoint; None for no checkpoint.
     stop_after
-        Stop after so many steps, as if interrupted.
+        Stop after this number of steps, as if interrupted.
     accelerator
-        Of ``accelerate launch``: each step's windows are shared among its processes.
+        Accelerator of ``accelerate launch``; the windows of each step are divided among its processes.
 
     Returns
     -------
-    One row a step: ``step plain loss seconds tokens``.
+    One row per step: ``step plain loss seconds tokens``.
 
     Raises
     ------
     CorecError
-        When the loss is no longer a number (then the batch is kept in ``failed_batch.json``), the memory is not enough, or a
-        step's windows cannot be shared equally.
+        If the loss or gradient is not finite (the batch is then written to ``failed_batch.json``), memory runs out, or the
+        windows of a step cannot be divided equally.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(cpu=reranker.device.type == "cpu")
     settings, first, say = params.reranker, accelerator.is_main_process, accelerator.print
     total = settings.curriculum_steps + settings.steps
     end = min(total, stop_after or total)
@@ -193,7 +193,10 @@ def train(
     rows: list[list[Any]] = []
     clock, shown = Clock(settings.max_minutes, 0.0), time.monotonic()
 
-    identity = files.digest([stages.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")])
+    section = stages.section(params, "reranker")
+    section["reranker"] = {name: value for name, value in section["reranker"].items() if name not in ("dtype", "zero_shot")}
+    sections = [stages.section(params, stage) for stage in ("data", "sasrec", "controls")]
+    identity = files.digest([*sections, section, fingerprint(examples)])
     checkpoint = Checkpoint(folder / "checkpoint.pt" if folder else None, identity)
     dtype = str(reranker.causal.dtype)
     if saved := checkpoint.load("cpu", say):
@@ -204,6 +207,7 @@ def train(
             )
         rows, clock = saved["rows"], Clock(settings.max_minutes, saved["spent"])
         load_state(module, optimizer, saved["optimizer"])
+        reranker.trained = True
         say(f"resumed after step {len(rows)}", flush=True)
     devices.require_same(len(rows), checkpoint.path)
 
@@ -216,15 +220,16 @@ def train(
         part = devices.share(len(batch.control), accelerator.process_index, accelerator.num_processes)
         pools = batch.pools.take(np.arange(len(batch.control))[part])
         prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain)
-        losses = devices.gather(backward(reranker, prompts, batch.control[part], module, accelerator))
+        losses = devices.gather(backward(reranker, prompts, batch.control[part], module))
         loss = sum(losses) / len(losses)
         clock.tick()
+        reranker.trained = True
         norm = optimizer.update(schedule(clock.progress(step, total), settings.warmup))
         if not math.isfinite(norm + loss):
+            reranker.trained = step > 0
             error = not_a_number(step, batch, folder if first else None)
             accelerator.wait_for_everyone()
             raise error
-        reranker.trained = True
         tokens = sum(devices.gather(sum(len(row.prefix) + sum(map(len, row.suffixes)) for row in prompts)))
         rows.append([step, batch.plain, loss, clock.spent, tokens])
         if time.monotonic() - shown > 20 or step + 1 == end:
@@ -234,7 +239,7 @@ def train(
         last = len(rows) == end or clock.spent >= clock.limit
         due = len(rows) % settings.checkpoint_steps == 0 and len(rows) < total
         if due or (last and not stop_after and len(rows) > before):
-            state = whole_state(module, optimizer)  # a call of all processes
+            state = whole_state(module, optimizer)  # called by all processes
             if first:
                 checkpoint.save({"dtype": dtype, "rows": rows, "spent": clock.spent, "optimizer": state})
     if first:
@@ -243,5 +248,5 @@ def train(
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that training moves, by name (without what a wrapper for several processes puts before it)."""
+    """Trainable parameters by name, without the prefix of the wrapper for several processes."""
     return {name.removeprefix("module."): value for name, value in module.named_parameters() if value.requires_grad}

@@ -220,7 +220,7 @@ def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFra
     """State just before the target of each window [windows, hidden].
 
     One pass over the first `max_length` items of a user gives the states of all prefixes within them. Windows with longer
-    prefixes, which see the latest `max_length` items, are encoded one by one.
+    prefixes, whose input is the latest `max_length` items, are encoded separately.
 
     Parameters
     ----------

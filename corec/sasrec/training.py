@@ -138,7 +138,7 @@ def train(
     The checkpoint includes the states of the random generators, so that an interrupted and resumed run gives bitwise the same
     parameters as an uninterrupted one (on a CPU; on a GPU the order of summation varies).
 
-    The function is long because its loop is to be read in one piece.
+    The function is long because its training loop belongs together.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""What goes beyond one process: an estimate of a run's needs, and training on several devices."""
+"""Large runs: estimate of memory and time, and training on several devices."""

@@ -51,7 +51,7 @@ def meta_model(settings: RerankerParams, new_tokens: int) -> Any:
     elif name in SHAPES:
         config = LlamaConfig(**SHAPES[name])
     else:
-        source = str(backbones.smollm2_folder()) if name == "smollm2-135m" else name
+        source = str(backbones.smollm2_folder()) if name == "smollm2-135m" else backbones.find(name)
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Fine-tuning on several devices, as ``accelerate launch`` starts it (see ``params/launch/``)."""
+"""Fine-tuning on several devices, started by ``accelerate launch`` (see ``params/launch/``)."""
 
 import argparse
 import os
@@ -14,12 +14,12 @@ from corec.reranker import devices
 
 
 def join() -> Accelerator:
-    """Meet the other processes of ``accelerate launch`` (none when started without it).
+    """Join the process group of ``accelerate launch`` (one process if started without it).
 
     Raises
     ------
     CorecError
-        When the launch asks for DeepSpeed, or for more processes than there are GPUs.
+        If the launch requests DeepSpeed, or more processes than there are GPUs.
     """
     if devices.asked_for("ACCELERATE_USE_DEEPSPEED"):
         raise CorecError(
@@ -34,9 +34,9 @@ def join() -> Accelerator:
 
 
 def leave(accelerator: Accelerator) -> None:
-    """Part from the other processes once all is written; without a GPU this ends the process.
+    """Leave the process group after all files are written; without a GPU, this ends the process.
 
-    gloo's threads now and then abort a process that ends in the ordinary way ("terminate called without an active exception").
+    On a normal exit, the threads of gloo sometimes abort the process ("terminate called without an active exception").
     """
     if torch.cuda.is_available():
         accelerator.end_training()
@@ -48,15 +48,20 @@ def leave(accelerator: Accelerator) -> None:
 
 
 def fine_tune(file: Path) -> None:
-    """Fine-tune the re-ranker of the run of a parameter file on all processes.
+    """Fine-tune the re-ranker of a run on all processes.
 
-    It takes stages 01 to 03 of the run as the notebooks left them, and leaves a checkpoint with which notebook 4, run with the
-    same parameters, goes on: there nothing is trained again.
+    Requires stages 01 to 03 of the run. Writes the checkpoint from which notebook 04, with the same parameters, continues without
+    further training.
+
+    Parameters
+    ----------
+    file
+        YAML file of the run.
 
     Raises
     ------
     CorecError
-        For wrong parameters, missing stages, or what :func:`corec.reranker.train` raises.
+        If a parameter is wrong, a stage is missing, or :func:`corec.reranker.train` fails.
     """
     settings = profiles.load(file)
     stages.check(settings, "controls")
@@ -69,7 +74,7 @@ def fine_tune(file: Path) -> None:
     params = settings.reranker.model_copy(update={"dtype": dtype})
     with accelerator.local_main_process_first():  # downloads
         model = reranker.build(tables.items, prepared.vocabulary, params, settings.seed, device="cpu")
-    if not devices.asked_for("ACCELERATE_USE_FSDP"):  # layers that are sharded go to their devices one by one
+    if not devices.asked_for("ACCELERATE_USE_FSDP"):  # sharded layers are moved one at a time
         model.model.to(accelerator.device)
         model.head.to(accelerator.device)
     folder = paths.stage_dir(settings.run, "reranker")
@@ -82,7 +87,7 @@ def fine_tune(file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m corec.scale.launch", description="Fine-tune the re-ranker of a run on several devices."
     )

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corec import controls, files, machine, pages, reranker, sasrec
+from corec import CorecError, controls, files, machine, pages, reranker, sasrec
 from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, Row, engine
@@ -41,6 +41,12 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
     """
     settings, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
     sample = windows.sample(n=min(settings.users, len(windows)), random_state=params.seed)
+    left = len(tables.items) - int(windows["position"].max())
+    if max(settings.candidates) > left:
+        raise CorecError(
+            f"Parameter efficiency.candidates lists {max(settings.candidates)}, but some user has only {left} items of the "
+            "catalogue left to see: lower it."
+        )
     merged = engine.merge(model)
     rng, rows = np.random.default_rng([params.seed, 9]), []
     for k in settings.candidates:
@@ -177,4 +183,5 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     files.write_text(written[0], table.to_csv(index=False, float_format="%.4g"))
     draw(table).savefig(written[1], dpi=130)
     plt.close()
-    return written + pages.write(folder)
+    pages.write_study(folder)
+    return written

@@ -27,7 +27,7 @@ ORDERS: dict[str, dict[str, Any]] = {
     "late, after": {"readout": "late", "request_position": "after"},
 }
 
-K = 5
+K = 5  # cut-off of the metrics, if there are more candidates
 
 
 def with_reranker(params: Params, **changes: Any) -> Params:
@@ -56,10 +56,10 @@ def valid_cp(reranker: Reranker, examples: Examples, params: Params) -> float:
     pools, lengths = examples.prepared.pools["valid"], [n for n in params.controls.n_tokens if n]
     requests = [examples.prepared.requests["valid", n] for n in lengths]
     scores = score(reranker, examples, pools, requests)
-    values = []
+    values, cut = [], min(K, pools.candidates.shape[1] - 1)
     for place, (n, request) in enumerate(zip(lengths, requests, strict=True)):
         judged = evaluation.judge(pools, request, examples.prepared.vocabulary.values_of)
-        values.append(evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [K])["cp", K, n])
+        values.append(evaluation.by_window(evaluation.order_by(scores[:, place]), judged, [cut])["cp", cut, n])
     return float(np.mean(values))
 
 
@@ -177,12 +177,13 @@ def judge_orders(
     keys, columns, ranges = [], [], []
     for place, n in enumerate(params.controls.n_tokens):
         judged = evaluation.judge(pools, examples.prepared.requests["test", n], examples.prepared.vocabulary.values_of)
+        cut = min(K, pools.candidates.shape[1] - 1)
         orders = {"sasrec": [evaluation.retriever_order(pools)], "rule": [evaluation.rule_order(pools, judged.met)]}
         for (name, _), array in scores.items():
             orders.setdefault(name, []).append(evaluation.order_by(array[:, place]))
-        for metric, key in (("cp", ("cp", K, n)), ("ndcg", ("ndcg", K, 0)))[not n :]:
+        for metric, key in (("cp", ("cp", cut, n)), ("ndcg", ("ndcg", cut, 0)))[not n :]:
             for name, of in orders.items():
-                seeds = np.stack([evaluation.by_window(order, judged, [K])[key] for order in of])  # [seeds, windows]
+                seeds = np.stack([evaluation.by_window(order, judged, [cut])[key] for order in of])  # [seeds, windows]
                 each = by_user(seeds.T.astype(float), users).mean(axis=0)
                 keys.append((name, n, metric))
                 columns.append(seeds.mean(axis=0))
@@ -212,7 +213,8 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
         files.write_text(path, rows.to_csv(index=False, float_format="%.5g"))
     draw_orders(curves, table).savefig(written[2], dpi=130)
     plt.close()
-    return written + pages.write(folder)
+    pages.write_study(folder)
+    return written
 
 
 def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:

@@ -56,7 +56,8 @@ def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
     files.write_text(written[0], curves.assign(dataset=params.data.dataset).to_csv(index=False, float_format="%.4f"))
     draw(curves).savefig(written[1], dpi=130)
     plt.close()
-    return written + pages.write(folder)
+    pages.write_study(folder)
+    return written
 
 
 def draw(curves: pd.DataFrame) -> Figure:

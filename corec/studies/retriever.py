@@ -87,7 +87,7 @@ def by_loss(tables: Tables, settings: Params, folder: Path | None = None) -> tup
                 len(tables.items),
                 settings.sasrec.model_copy(update=changes),
                 settings.seed,
-                folder=folder and folder / f"{rate:g}",
+                folder=folder and folder / f"{budget:g}s-{rate:g}",
                 max_seconds=budget,
             )
         best = max(tried, key=lambda rate: tried[rate].curve["NDCG@10"].max())
@@ -146,9 +146,7 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
 
     Tables and plots of an earlier comparison in the same folder are removed.
     """
-    for name in TABLES:
-        for kind in ("csv", "png"):
-            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    pages.clear(folder, TABLES)
     written = []
     for name, table in made.items():
         written.append(folder / f"{name}.csv")
@@ -157,7 +155,8 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
             written.append(folder / f"{name}.png")
             draw(table, name.removesuffix("_curves")).savefig(written[-1], dpi=130)
             plt.close()
-    return written + pages.write(folder)
+    pages.write_study(folder)
+    return written
 
 
 def draw(curves: pd.DataFrame, by: str) -> Figure:
