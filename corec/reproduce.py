@@ -63,7 +63,7 @@ def execute(notebook: str, profile: Path, run: str) -> None:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             log_output=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning about the unencrypted local connection
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no warning of a local connection, no trace when interrupted
         )
     except DeadKernelError:
         raise CorecError(

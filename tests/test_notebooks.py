@@ -1,10 +1,15 @@
 """All notebooks in one kernel, each twice, as somebody works who runs them again; on a small made-up data set."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from corec import params, profiles, stages
@@ -46,3 +51,26 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
     assert pictures == "efficiency.png fig6.png fig7.png fig8.png loss_curves.png orders.png readouts.png seed_curves.png".split()
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
     assert "Warning" not in said, "no notebook prints a warning"
+
+
+def test_control_c_prints_no_traceback(atomic: Path, own_folder: Path) -> None:
+    (own_folder / "notebooks").symlink_to(ROOT / "notebooks")
+    values = SMALL | {
+        "data": {"core": 1, "path": str(atomic)},
+        "sasrec": SMALL["sasrec"] | {"epochs": 100_000, "patience": 100_000},
+    }  # type: ignore[operator]
+    (own_folder / "mine.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "corec.reproduce", str(own_folder / "mine.yaml")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as ran:
+        assert ran.stdout is not None
+        said = ""
+        while "epoch" not in (line := ran.stdout.readline()):  # SASRec is being trained
+            assert line, said
+            said += line
+        ran.send_signal(signal.SIGINT)
+        said += ran.stdout.read()
+        assert ran.wait(60) == 130
+    assert "Traceback" not in said and "WARNING" not in said
+    assert said.splitlines()[-1].startswith("corec: interrupted; the same command goes on from the last checkpoint")
