@@ -27,14 +27,23 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def processor() -> str:
-    """Name of the processor, number of its cores, and its instructions for multiplying bfloat16."""
+def bfloat16_instructions() -> list[str] | None:
+    """The instructions of an x86 processor that multiply bfloat16; None where they cannot be read (no Linux, no x86)."""
+    lines = cpu_facts().get("flags")
+    return None if lines is None else [flag for flag in ("avx512_bf16", "amx_bf16") if flag in lines.split()]
+
+
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the processor, by name; empty on other systems."""
     info = Path("/proc/cpuinfo")
     facts = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
-    values = {name.strip(): value.strip() for name, value in facts.items()}
-    name = values.get("model name") or platform.processor() or platform.machine()
-    special = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
-    return ", ".join([name, f"{os.cpu_count()} cores", *special])
+    return {name.strip(): value.strip() for name, value in facts.items()}
+
+
+def processor() -> str:
+    """Name of the processor, number of its cores, and its instructions for multiplying bfloat16."""
+    name = cpu_facts().get("model name") or platform.processor() or platform.machine()
+    return ", ".join([name, f"{os.cpu_count()} cores", *(bfloat16_instructions() or [])])
 
 
 def name() -> str:
@@ -61,7 +70,8 @@ def resolve_dtype(name: str) -> "torch.dtype":
     """Number format of a name; ``auto`` is the faster of bfloat16 and float32 on this machine.
 
     On a GPU, ``auto`` is bfloat16 if the GPU supports it. CPUs with bfloat16 instructions multiply it several times faster than
-    float32, and CPUs without them several times slower, so a small product in each format is timed, once per process.
+    float32, and CPUs without them several times slower. Where the instructions are known, they decide, so that a busy machine
+    gives the same answer; elsewhere a small product in each format is timed, once per process.
     """
     import torch
 
@@ -69,10 +79,13 @@ def resolve_dtype(name: str) -> "torch.dtype":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    instructions = bfloat16_instructions()
+    if instructions is not None:
+        return torch.bfloat16 if instructions else torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(partial(torch.matmul, left, right), number=1, repeat=5))
+        seconds[dtype] = min(timeit.repeat(partial(torch.matmul, left, right), number=1, repeat=20))
     return min(seconds, key=seconds.__getitem__)
 
 

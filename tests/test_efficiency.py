@@ -86,3 +86,18 @@ def test_kinds_of_work_are_warmed_up_and_take_turns(monkeypatch: pytest.MonkeyPa
     assert max(middles) < 1.05 * min(middles), "neither the first calls nor the order favours a kind"
     rounds = [tuple(calls[start : start + 4]) for start in range(len(calls) - 160, len(calls), 4)]
     assert len(calls) >= 4 * 43 and all(sorted(each) == [0, 1, 2, 3] for each in rounds) and len(set(rounds)) > 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [("fpu avx512_bf16 amx_bf16", "bfloat16"), ("fpu avx512_bf16", "bfloat16"), ("fpu avx2", "float32")]
+)
+def test_the_processor_decides_the_number_format_however_busy_it_is(
+    monkeypatch: pytest.MonkeyPatch, flags: str, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "cpu_facts", lambda: {"model name": "A processor", "flags": flags})
+    monkeypatch.setattr(machine.timeit, "repeat", lambda *_, **__: pytest.fail("nothing is timed"))
+    machine.resolve_dtype.cache_clear()
+    assert machine.resolve_dtype("auto") == getattr(torch, wanted)
+    machine.resolve_dtype.cache_clear()
+    assert machine.processor().startswith("A processor, ") and ("amx_bf16" in machine.processor()) == ("amx" in flags)
