@@ -54,8 +54,3 @@ class Checkpoint:
             part.unlink(missing_ok=True)
             reason = f"{self.path} could not be written ({str(error).splitlines()[0]})"
             raise CorecError(f"{reason}: make room on the disk, or make the folder writable.") from None
-
-    def remove(self) -> None:
-        """Delete the file, after the result of the training is stored elsewhere."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

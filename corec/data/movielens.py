@@ -2,7 +2,6 @@
 
 import csv
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +66,7 @@ def files_of(params: DataParams) -> list[Path]:
     return [download.extract(ARCHIVES[params.source], f"{member}.{suffix}") for suffix in ("inter", "item")]
 
 
-def reader(genre: str) -> Callable[[list[Path], DataParams], Raw]:
-    """Return a function that reads a MovieLens data set whose column `genre` holds the genres."""
-
-    def read(files: list[Path], params: DataParams) -> Raw:
-        return read_movielens(files, params, genre)
-
-    return read
-
-
-def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
+def read(files: list[Path], params: DataParams) -> Raw:
     """Read interactions and items of a MovieLens data set; the genre ``unknown`` counts as missing.
 
     Parameters
@@ -84,9 +74,7 @@ def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
     files
         The ``.inter`` and the ``.item`` file.
     params
-        Parameters of stage 01; `required` names what an item must have.
-    genre
-        Name of the column that holds the genres.
+        Parameters of stage 01: the data set, and what an item must have.
 
     Raises
     ------
@@ -104,7 +92,9 @@ def read_movielens(files: list[Path], params: DataParams, genre: str) -> Raw:
                 f"{inter}, line {row + 2}: {name} {interactions[name][row]!r} is not a number: correct or remove the line."
             )
         interactions[name] = numbers
-    items = read_table(item, {"item_id": "item_id", "movie_title": "title", "release_year": "year", genre: "genres"})
+    items = read_table(
+        item, {"item_id": "item_id", "movie_title": "title", "release_year": "year", GENRES[params.source]: "genres"}
+    )
     dirt["items", "item listed again"] += int(items.duplicated("item_id").sum())
     items = items.drop_duplicates("item_id").reset_index(drop=True)
     items["year"] = to_numbers(items["year"], dirt, "year")

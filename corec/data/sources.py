@@ -28,8 +28,8 @@ class Source:
 
 
 SOURCES = {
-    "ml-100k": Source(movielens.files_of, movielens.reader(movielens.GENRES["ml-100k"])),
-    "ml-1m": Source(movielens.files_of, movielens.reader(movielens.GENRES["ml-1m"])),
+    "ml-100k": Source(movielens.files_of, movielens.read),
+    "ml-1m": Source(movielens.files_of, movielens.read),
     "amazon-2018": Source(amazon.find_files, amazon.read),
     "files": Source(atomic.files_of, atomic.read),
 }

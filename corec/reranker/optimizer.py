@@ -59,8 +59,9 @@ class MasterAdamW(torch.optim.Optimizer):
         self.zero_grad()
         norm = total_norm(list(gradients.values()))
         if norm.isfinite():
+            factor = torch.clamp(1.0 / (norm + 1e-6), max=1.0)
             for gradient in gradients.values():
-                gradient.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+                gradient.mul_(factor)
             for group in self.param_groups:
                 group["lr"] = group["base"] * scale
             self.move(gradients)
@@ -96,7 +97,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            self.write_back()
+        self.write_back()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

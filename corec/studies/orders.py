@@ -15,6 +15,7 @@ from corec import evaluation, files, pages, stages
 from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
+from corec.studies import with_reranker
 
 # The paper's order and the packed order. `candidate` needs states that attend to the request, so the request must precede the
 # candidates; `late` compares candidates with a request that follows them. With one request per row, twice the windows fit.
@@ -28,11 +29,6 @@ ORDERS: dict[str, dict[str, Any]] = {
 }
 
 K = 5  # cut-off of the metrics, if there are more candidates
-
-
-def with_reranker(params: Params, **changes: Any) -> Params:
-    """Copy of `params` with `changes` in its section `reranker`."""
-    return params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
 
 
 def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: bool) -> float:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from corec import files, pages
 from corec.params import Params
 from corec.reranker import Examples, build, train
+from corec.studies import with_reranker
 
 # Read-outs to compare. `candidate` needs one row per request, so it gets fewer requests; all have about equally many tokens
 # per step.
@@ -44,7 +45,7 @@ def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) ->
         print(f"read-out {name}", flush=True)
         steps = params.study.readout_steps
         changes = {"request_position": "after", "curriculum_steps": 2 * steps, "steps": 1} | changes
-        variant = params.model_copy(update={"reranker": params.reranker.model_copy(update=changes)})
+        variant = with_reranker(params, **changes)
         reranker = build(items, examples.prepared.vocabulary, variant.reranker, params.seed)
         curves.append(train(reranker, examples, variant, None, stop_after=steps).assign(readout=name))
     return pd.concat(curves, ignore_index=True)
