@@ -39,7 +39,7 @@ class Checkpoint:
         saved: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         if saved.pop("identity", None) == self.identity:
             return saved
-        say(f"{self.path.name} is of other data or parameters: training begins again from the start", flush=True)
+        say(f"{self.path.name} was made with other data or parameters: training starts from the beginning", flush=True)
         return None
 
     def save(self, state: dict[str, Any]) -> None:
@@ -53,4 +53,4 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             reason = f"{self.path} could not be written ({str(error).splitlines()[0]})"
-            raise CorecError(f"{reason}: make room on the disk, or make the folder writable.") from None
+            raise CorecError(f"{reason}: free disk space, or make the folder writable.") from None

@@ -85,7 +85,7 @@ def build_vocabulary(items: pd.DataFrame, params: ControlsParams) -> Vocabulary:
     for number, attribute in enumerate(attributes):
         if attribute.column not in items:
             raise CorecError(
-                f"Scheme {params.scheme!r} wants the column {attribute.column!r}, which this data set lacks: "
+                f"Scheme {params.scheme!r} needs the column {attribute.column!r}, which this data set lacks: "
                 "name a scheme that fits the data in controls.scheme."
             )
         lists = attribute.values(items[attribute.column])

@@ -142,7 +142,7 @@ class Resuming:
                     failures = 1 if self.size() > before else failures + 1
                     if failures == ATTEMPTS:
                         raise
-                    print(f"  {error}: asking again from {self.size() / 1e6:.0f} MB on", flush=True)
+                    print(f"  {error}: resuming at {self.size() / 1e6:.0f} MB", flush=True)
                     time.sleep(self.wait * 2 ** (failures - 1))
                 else:
                     self.part.replace(output_file)
@@ -166,7 +166,7 @@ class Resuming:
                 return  # the file is already complete
             if response.status_code == 416:
                 self.part.unlink(missing_ok=True)
-                raise Cut("what is here does not fit the file on the server")
+                raise Cut("the partial file does not match the file on the server")
             response.raise_for_status()
             resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             have = have if resumed else 0
@@ -211,13 +211,13 @@ def fetch(url: str, folder: str, sha256: str | None = None) -> Path:
         return Path(pooch.retrieve(url, sha256, name, cache, downloader=Resuming(cache / f"{name}.part")))
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise CorecError(
-            f"{url} could not be downloaded ({type(error).__name__}: {error}): check the network and run again, what has "
-            "arrived is kept; or put the file into a folder and name that in data.path."
+            f"{url} could not be downloaded ({type(error).__name__}: {error}): check the network and run again (the "
+            "downloaded part is kept), or put the file into a folder and name it in data.path."
         ) from None
     except OSError as error:
-        raise CorecError(f"{url} could not be saved in {cache} ({error}): make room there, or set COREC_CACHE.") from None
+        raise CorecError(f"{url} could not be saved in {cache} ({error}): free disk space there, or set COREC_CACHE.") from None
     except ValueError:
         raise CorecError(
-            f"{url} is not the file that was asked for: its sha256 is not {sha256}; check data.sha256, or run again if "
-            "the download was faulty (nothing of it was kept)."
+            f"{url} is not the expected file: its sha256 is not {sha256}; check data.sha256, or run again if "
+            "the download was faulty (the faulty file was deleted)."
         ) from None

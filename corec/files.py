@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         reason = f"{path} could not be written ({error.strerror})"
-        raise CorecError(f"{reason}: make room on the disk, or make the folder writable.") from None
+        raise CorecError(f"{reason}: free disk space, or make the folder writable.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

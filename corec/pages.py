@@ -66,7 +66,7 @@ def readouts_section(folder: Path) -> Iterator[Section]:
         [f"`{name}`", f"{part['loss'].tail(10).mean():.2f}", f"{part['tokens'].mean():,.0f}", f"{part['seconds'].max():.0f}"]
         for name, part in table.groupby("readout", sort=False)
     ]
-    header = ["read-out", "mean loss of the last ten steps", "tokens a step", "seconds"]
+    header = ["read-out", "mean loss of the last ten steps", "tokens per step", "seconds"]
     yield "Loss by read-out", [f"{table['step'].max() + 1} steps each; 0.69 is chance.", "", *markdown(header, rows)]
 
 
@@ -110,8 +110,10 @@ def efficiency_sections(folder: Path) -> Iterator[Section]:
         by_k = {k: part[part["K"] == k] for k in counts}
         rows.append([f"{system}, median (ms)", *(span(of["p50_ms"], "{:.3g}") for of in by_k.values())])
         rows.append([f"{system}, 95th percentile (ms)", *(span(of["p95_ms"], "{:.3g}") for of in by_k.values())])
-        more.append([f"{system}, lists a second", *(number(of["lists_per_s"].mean()) for of in by_k.values())])
-        more.append([f"{system}, US cents a thousand lists", *(f"{100 * of['usd_per_1000'].mean():.2g}" for of in by_k.values())])
+        more.append([f"{system}, lists per second", *(number(of["lists_per_s"].mean()) for of in by_k.values())])
+        more.append(
+            [f"{system}, US cents per thousand lists", *(f"{100 * of['usd_per_1000'].mean():.2g}" for of in by_k.values())]
+        )
     yield "Latency", [about, "", *markdown(header, rows)]
     yield "Throughput and price", [f"{about} Means over the numbers of control tokens.", "", *markdown(header, more)]
 
@@ -139,8 +141,8 @@ def ladder_table(path: Path) -> list[str]:
             [str(step), *(f"{row['value', kind]:,.0f}{gain}" for kind, gain in zip(("ml1m", "short"), gains, strict=True))]
         )
     whole = [steps[steps["kind"] == kind]["value"] for kind in ("ml1m", "short")]
-    rows.append(["**in all**", *(f"**× {values.iloc[-1] / values.iloc[0]:.3g}**" for values in whole)])
-    return markdown(["interactions a second (gain on the step before)", "MovieLens-1M", "short sequences"], rows)
+    rows.append(["**total**", *(f"**× {values.iloc[-1] / values.iloc[0]:.3g}**" for values in whole)])
+    return markdown(["interactions per second (gain over the previous step)", "MovieLens-1M", "short sequences"], rows)
 
 
 def bench_sections(folder: Path) -> Iterator[Section]:

@@ -57,16 +57,16 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         rest = " is missing" if seen else ""
         raise CorecError(f"{named} {path}{rest}: `ls params` lists those that come with COREC.") from None
     except (OSError, UnicodeDecodeError):
-        raise CorecError(f"{path} is no readable text file: give one of the YAML files in params/.") from None
+        raise CorecError(f"{path} is not a readable text file: give one of the YAML files in params/.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise CorecError(f"{path} is not YAML ({str(error).splitlines()[0]}): correct that line.") from None
     if not isinstance(values, dict):
-        raise CorecError(f"{path} holds no parameters: write `name: value` lines.")
+        raise CorecError(f"{path} contains no parameters: write `name: value` lines.")
     if (base := values.pop("base", None)) is None:
         return values
     parent = (path.parent / str(base)).resolve()
     if parent in (*seen, path.resolve()):
-        raise CorecError(f"{path}: base {base!r} leads back to the file itself: name another file.")
+        raise CorecError(f"{path}: base {base!r} refers back to the file itself: name another file.")
     return merge(read(parent, (*seen, path.resolve())), values)
 
 

@@ -150,7 +150,7 @@ def test_saved_and_loaded_alike(start_stages: Callable[[Params, str], stages.Sta
     [
         ({"scheme": "movielans"}, "no scheme 'movielans': name one of amazon, movielens"),
         ({"attributes": ["era", "prize"]}, "no attribute 'prize'"),
-        ({"scheme": "amazon"}, "wants the column 'price'"),
+        ({"scheme": "amazon"}, "needs the column 'price'"),
     ],
 )
 def test_wrong_schemes(changes: dict[str, object], sentence: str) -> None:

@@ -187,7 +187,7 @@ def test_ranking_order_in_bfloat16(world: World, readout: str) -> None:
 @pytest.mark.parametrize("kind", OTHERS)
 def test_an_architecture_that_cannot_share_falls_back_with_one_warning(world: World, tmp_path: Path, kind: str) -> None:
     params = world.params(backbone=folder(kind, tmp_path))
-    with pytest.warns(UserWarning, match="cannot share a prefix among requests: each request is computed by itself"):
+    with pytest.warns(UserWarning, match="cannot share a prefix among requests: each request is computed separately"):
         model = world.build(params, adapted=kind != "mamba")  # peft has no LoRA for all of Mamba's layers
     assert not model.packs
     unlike_start(model)
@@ -196,14 +196,14 @@ def test_an_architecture_that_cannot_share_falls_back_with_one_warning(world: Wo
         scores = reranker.score(model, world.examples, world.pools, world.requests)
     np.testing.assert_allclose(scores[3], alone(model, world, 3), atol=1e-4)
     row = reranker.make_rows(model, world.examples, world.pools.take(np.array([0])), [world.requests[1][:1]])[0]
-    with pytest.raises(CorecError, match="Nothing can be kept between requests: set reranker.request_position"):
+    with pytest.raises(CorecError, match="No prefix can be cached between requests: set reranker.request_position"):
         engine.prefill(model, row)
 
 
 def test_an_architecture_that_takes_no_adapter(world: World, tmp_path: Path) -> None:
     with (
         pytest.warns(UserWarning, match="cannot share"),
-        pytest.raises(CorecError, match="reranker.backbone: MambaForCausalLM takes no LoRA"),
+        pytest.raises(CorecError, match="reranker.backbone: MambaForCausalLM does not support LoRA"),
     ):
         world.build(world.params(backbone=folder("mamba", tmp_path)))
 

@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(CorecError, match=r"out.json could not be written \(No space left on device\): make room"):
+    with pytest.raises(CorecError, match=r"out.json could not be written \(No space left on device\): free disk space"):
         files.write_text(tmp_path / "out.json", "x")
     assert not list(tmp_path.glob("out*"))
 

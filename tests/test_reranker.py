@@ -253,7 +253,7 @@ def test_bfloat16_ranks_almost_alike(world: World) -> None:
 
 
 def test_no_adapter_and_no_model(world: World, tmp_path: Path) -> None:
-    with pytest.raises(CorecError, match="holds no adapter: run notebooks/04_reranker.ipynb"):
+    with pytest.raises(CorecError, match="contains no adapter: run notebooks/04_reranker.ipynb"):
         reranker.load(tmp_path, world.tables.items, world.prepared.vocabulary, world.params().reranker)
     with pytest.raises(CorecError, match="no causal language model '/no/such/model'"):
         backbones.load("/no/such/model")
@@ -354,7 +354,7 @@ def test_the_plan_counts_what_training_would_train(world: World, capsys: pytest.
     assert estimate.main([str(Path(__file__).parents[1] / "params" / "amazon-electronics.yaml")]) == 0
     said = capsys.readouterr().out
     assert "8,052,117,504" in said and "21,413,888" in said and "4 devices" in said
-    with pytest.raises(CorecError, match=r"the configuration of '/no/model' cannot be had: .*log in to the hub"):
+    with pytest.raises(CorecError, match=r"the configuration of '/no/model' could not be loaded: .*log in to the hub"):
         estimate.plan(params.reranker.model_copy(update={"backbone": "/no/model"}), tokens=10, new_tokens=1)
 
 

@@ -64,7 +64,7 @@ def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_pat
     train_alone(world, settings, tmp_path / "alone")
     ran = launch(how, file)
     assert ran.returncode == 0, ran.stderr[-6000:]
-    assert ran.stdout.count("8 steps on 2 processes are kept in") == 1, "the first process alone speaks"
+    assert ran.stdout.count("8 steps on 2 processes are saved in") == 1, "the first process alone speaks"
     kept = paths.stage_dir("several", "reranker")
     one, two = saved(tmp_path / "alone"), saved(kept)
     assert len(two["rows"]) == 8
@@ -75,7 +75,7 @@ def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_pat
     for name, state in states[0].items():
         assert state.keys() == states[1][name].keys() == {"step", "master", "exp_avg", "exp_avg_sq"}
         torch.testing.assert_close(states[1][name]["master"], state["master"], atol=1e-3, rtol=1e-3)
-    model = world.build(settings)  # and notebook 4 goes on from there: nothing is left to train
+    model = world.build(settings)  # and notebook 4 continues from there: nothing is left to train
     curve = reranker.train(model, world.examples, settings, kept)
     assert len(curve) == 8
     for name, value in model.trainable().items():

@@ -301,7 +301,7 @@ def load_lines(
                 if whole.result():
                     raise
         if not whole.result():
-            print(f"{path} is broken: what is whole in it will be used", flush=True)
+            print(f"{path} is damaged: its readable lines will be used", flush=True)
             rescued = salvage(path, scratch, faults)
             load(rescued, "none")
             rescued.unlink()

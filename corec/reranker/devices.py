@@ -85,7 +85,7 @@ def layer_names(model: Any) -> list[str]:
     present = {type(module).__name__ for module in model.modules()}
     if not present & set(names):
         raise CorecError(
-            f"Parameter reranker.backbone: {type(model).__name__} does not say what its layers are, so it cannot be sharded: "
+            f"Parameter reranker.backbone: {type(model).__name__} does not declare its layers, so it cannot be sharded: "
             "launch with params/launch/ddp.yaml, or choose another model."
         )
     return [name for name in names if name in present]

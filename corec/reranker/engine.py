@@ -64,7 +64,7 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
     """
     if reranker.params.request_position == "before" or not reranker.packs:
         raise CorecError(
-            "Nothing can be kept between requests: set reranker.request_position to 'after', and reranker.backbone to a "
+            "No prefix can be cached between requests: set reranker.request_position to 'after', and reranker.backbone to a "
             "model whose attention takes a mask (Llama, Qwen, GPT-NeoX and most others)."
         )
     reranker.model.eval()

@@ -187,7 +187,7 @@ def build(
     packs = can_pack(model)
     if not packs and params.request_position == "after":
         warnings.warn(
-            f"{type(model).__name__} cannot share a prefix among requests: each request is computed by itself.", stacklevel=2
+            f"{type(model).__name__} cannot share a prefix among requests: each request is computed separately.", stacklevel=2
         )
     scale = logit_scale(model) if params.readout == "index" else 1.0
     added = extend_tokenizer(model, tokenizer, new_tokens(vocabulary, params))
@@ -234,7 +234,7 @@ def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
             return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise CorecError(
-            f"Parameter reranker.backbone: {type(model).__name__} takes no LoRA ({error}): choose another model."
+            f"Parameter reranker.backbone: {type(model).__name__} does not support LoRA ({error}): choose another model."
         ) from error
 
 
@@ -290,7 +290,7 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
         If the folder contains no adapter.
     """
     if not (folder / "adapter" / "adapter_config.json").exists():
-        raise CorecError(f"{folder} holds no adapter: run notebooks/04_reranker.ipynb first.")
+        raise CorecError(f"{folder} contains no adapter: run notebooks/04_reranker.ipynb first.")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # the dtype of training
     bare = build(items, vocabulary, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)

@@ -56,7 +56,7 @@ def meta_model(settings: RerankerParams, new_tokens: int) -> Any:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise CorecError(
-                f"Parameter reranker.backbone: the configuration of {name!r} cannot be had: give a folder that holds it, "
+                f"Parameter reranker.backbone: the configuration of {name!r} could not be loaded: give a folder that holds it, "
                 f"log in to the hub if the model is gated (`hf auth login`), or name one of {', '.join(SHAPES)}, smollm2-135m."
             ) from error
     with torch.device("meta"):

@@ -80,8 +80,8 @@ def fine_tune(file: Path) -> None:
     folder = paths.stage_dir(settings.run, "reranker")
     curve = reranker.train(model, examples, settings, folder, accelerator=accelerator)
     accelerator.print(
-        f"{len(curve)} steps on {accelerator.num_processes} processes are kept in {folder / 'checkpoint.pt'}: "
-        "notebooks/04_reranker.ipynb with the same parameters goes on from there."
+        f"{len(curve)} steps on {accelerator.num_processes} processes are saved in {folder / 'checkpoint.pt'}: "
+        "notebooks/04_reranker.ipynb with the same parameters continues from there."
     )
     leave(accelerator)
 

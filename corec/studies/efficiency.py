@@ -23,7 +23,7 @@ from corec.params import Params
 from corec.reranker import Examples, Reranker, Row, engine
 from corec.sasrec import SASRec
 
-SYSTEMS = ("SASRec alone", "re-ranking, from nothing", "re-ranking, prefix kept")
+SYSTEMS = ("SASRec alone", "re-ranking, whole prompt", "re-ranking, cached prefix")
 
 
 def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, model: Reranker, params: Params) -> pd.DataFrame:
@@ -36,7 +36,7 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
     -------
     Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``.
     The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval. The rows of ``re-ranking,
-    prefix kept`` are absent if the order of the prompt or the architecture does not allow caching (see
+    cached prefix`` are absent if the order of the prompt or the architecture does not allow caching (see
     :func:`corec.reranker.engine.prefill`); their lists are computed one at a time, and their price excludes the prefix.
     """
     settings, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
@@ -170,7 +170,7 @@ def answer(model: Reranker, prefix: engine.Prefix, rows: Sequence[Row], number: 
 def draw(table: pd.DataFrame) -> Figure:
     """Plot latency and throughput against K, one line per system; bands are the range over numbers of control tokens."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
-    for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists a second"), strict=True):
+    for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists per second"), strict=True):
         sns.lineplot(table, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
         axis.set(ylabel=label, yscale="log", xticks=sorted(table["K"].unique()))
     axes[1].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
