@@ -561,7 +561,7 @@ def test_other_data_do_not_resume(world: World, tmp_path: Path, capsys: pytest.C
     history = {window: [*items[:-1], items[-1] % 50 + 1] for window, items in world.examples.history.items()}
     other = reranker.Examples(history, world.prepared)
     assert len(reranker.train(world.build(params), other, params, tmp_path, stop_after=1)) == 1
-    assert "is of other data or parameters" in capsys.readouterr().out
+    assert "was made with other data or parameters" in capsys.readouterr().out
 
 
 def test_a_backbones_folder_counts_from_the_projects(world: World, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
