@@ -118,7 +118,7 @@ class Pools(NamedTuple):
         """True at the true next item [windows, K]."""
         return np.arange(self.candidates.shape[1]) == self.truth[:, None]
 
-    def take(self, rows: np.ndarray) -> "Pools":
+    def take(self, rows: np.ndarray | slice) -> "Pools":
         """Select windows."""
         return Pools(*(values[rows] for values in self))
 

@@ -29,8 +29,11 @@ from corec.intervals import by_user, intervals
 from corec.params import Params
 
 COLUMNS = "dataset protocol K n_tokens tau model seed metric k value low high n_users".split()
-MODELS = "sasrec hard-filter rule zero-shot no-token corec".split()
-ALONE = "no-token-alone corec-alone".split()  # scores of the language model without those of the retriever (alpha = 0)
+MODELS = (
+    "popularity text sasrec combiner hard-filter hard-filter-strict hard-filter+combiner rule rule+combiner boost zero-shot "
+    "no-token corec"
+).split()
+ALONE = "no-prior no-token-alone corec-alone".split()  # scores of the language model without a prior, or without the retriever's
 METRICS = "ndcg hr cp cp_bonus cd cd_bonus ndcg_graded chp csr".split()
 ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, np.inf)
 
@@ -162,14 +165,15 @@ def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -
     return pd.DataFrame({"alpha": ALPHAS, "value": values.mean(axis=1), "chosen": np.arange(len(ALPHAS)) == chosen})
 
 
-def rankings(pools: Pools, judged: Judged, model_scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rankings of all models by name; `model_scores` are those of the language models [windows, K]."""
-    orders = {
-        "sasrec": retriever_order(pools),
-        "hard-filter": hard_filter_order(pools, judged.met),
-        "rule": rule_order(pools, judged.met),
-    }
-    return orders | {name: order_by(scores) for name, scores in model_scores.items()}
+def strict(judged: Judged) -> Judged:
+    """Truth and constraints met if only the candidates that meet the whole request are returned; the others count as misses."""
+    returned = np.all(judged.met, axis=2)
+    return Judged(judged.truth & returned, judged.met & returned[..., None])
+
+
+def by_seed(orders: np.ndarray) -> np.ndarray:
+    """Rankings [seeds, windows, K] of a model with one ranking [windows, K], or with one for each seed."""
+    return orders if orders.ndim == 3 else orders[np.newaxis]
 
 
 class Values(NamedTuple):
@@ -190,7 +194,7 @@ def measure(
     Parameters
     ----------
     orders
-        Ranking [windows, K] by number of tokens and model.
+        Ranking [windows, K] by number of tokens and model; [seeds, windows, K] for several trainings, whose metrics are averaged.
     judged
         The windows with their requests, by number of tokens.
     params
@@ -202,9 +206,11 @@ def measure(
     for n, rankings_of in orders.items():
         for model, order in rankings_of.items():
             if models is None or model in models:
-                for (metric, k, tau), values in by_window(order, judged[n], params.evaluation.ks).items():
+                own = strict(judged[n]) if model == "hard-filter-strict" else judged[n]
+                each = [by_window(part, own, params.evaluation.ks) for part in by_seed(order)]
+                for metric, k, tau in each[0]:
                     keys.append((n, model, metric, k, tau))
-                    columns.append(values)
+                    columns.append(np.mean([values[metric, k, tau] for values in each], axis=0))
     return Values(keys, np.stack(columns, axis=1).astype(float))
 
 
@@ -292,24 +298,6 @@ def error_bars(rows: pd.DataFrame) -> list[pd.Series]:
     Negative lengths are set to 0: the percentile interval of a very skewed sample may exclude its mean.
     """
     return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
-
-
-def load_scores(run: str) -> dict[tuple[str, str], np.ndarray]:
-    """Scores [windows, R, K] of a run by model and split, with the R requests in the order of ``controls.n_tokens``.
-
-    Raises
-    ------
-    CorecError
-        If stage 04 has not finished.
-    """
-    stages.require(run, "reranker")
-    table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
-    return {
-        (str(model), str(split)): np.stack(
-            [np.stack(list(part["scores"])) for _, part in rows.groupby("n_tokens", sort=False)], axis=1
-        )
-        for (model, split), rows in table.groupby(["model", "split"], sort=False)
-    }
 
 
 def load(run: str) -> pd.DataFrame:

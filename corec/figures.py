@@ -1,5 +1,7 @@
 """Stage 06: Figures 6, 7 and 8 and the results page, made from the results table only."""
 
+import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, paths, stages
+from corec import CorecError, evaluation, files, frontier, paths, stages
 from corec.params import Params
 
-PALETTE = dict(zip(evaluation.MODELS, sns.color_palette("colorblind", len(evaluation.MODELS)), strict=True))
+SHOWN = "sasrec combiner hard-filter rule zero-shot no-token corec".split()  # the models of Figures 6 and 7
+PALETTE = dict(zip(SHOWN, sns.color_palette("colorblind", len(SHOWN)), strict=True))
 NAMES = {"ndcg": "NDCG", "cp": "CP"}
 
 
@@ -45,12 +48,12 @@ def figure6_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
     """Rows of Figure 6: CP@k at the strictest threshold (tau = n) and NDCG@k, by number of control tokens."""
     asked = table[table["n_tokens"] > 0]
     strict = evaluation.pick(asked[asked["tau"] == asked["n_tokens"]], metric="cp", k=k)
-    return in_order(evaluation.pick(pd.concat([strict, evaluation.pick(asked, metric="ndcg", k=k)]), model=evaluation.MODELS))
+    return in_order(evaluation.pick(pd.concat([strict, evaluation.pick(asked, metric="ndcg", k=k)]), model=SHOWN))
 
 
 def figure7_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
     """Rows of Figure 7: CP@k by threshold, at the largest number of control tokens."""
-    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=table["n_tokens"].max(), model=evaluation.MODELS))
+    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=table["n_tokens"].max(), model=SHOWN))
 
 
 def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -134,12 +137,20 @@ def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
 
 
 MODEL_NAMES = {
+    "popularity": "popularity",
+    "text": "similarity of the titles",
     "sasrec": "SASRec's order",
+    "combiner": "combiner",
     "hard-filter": "hard filter",
+    "hard-filter-strict": "hard filter, no back-fill",
+    "hard-filter+combiner": "hard filter, combiner's order",
     "rule": "rule (the best CP that the pool allows)",
+    "rule+combiner": "rule, combiner's order",
+    "boost": "boost: combiner + constraints met",
     "zero-shot": "zero-shot",
     "no-token": "COREC, no tokens",
     "corec": "**COREC**",
+    "no-prior": "COREC, without the prior",
     "no-token-alone": "COREC, no tokens, without the retriever's score",
     "corec-alone": "COREC, without the retriever's score",
 }
@@ -151,7 +162,64 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Mapping[str, Any] | None = None) -> str:
+YES = {True: "yes", False: "no"}
+EXTRA = ("claims", "gaps", "frontier", "comparisons")  # further tables of stage 05
+
+
+def signed(row: Any) -> str:
+    """Format a difference with its interval."""
+    value = row.difference if hasattr(row, "difference") else row.gap if hasattr(row, "gap") else row.value
+    return f"{value:+.4f} [{row.low:+.4f}, {row.high:+.4f}]"
+
+
+def extra_sections(folder: Path, k: int) -> list[str]:
+    """Sections of the results page from the tables :data:`EXTRA` in `folder`, as far as they exist."""
+    found = {name: pd.read_csv(folder / f"{name}.csv") for name in EXTRA if (folder / f"{name}.csv").exists()}
+    lines: list[str] = []
+
+    def add(heading: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        lines.extend(["", f"## {heading}", "", about, "", *markdown(header, rows)])
+
+    if "claims" in found:
+        about = f"Differences of CP@{k} and NDCG@{k} on the same users; intervals in brackets."
+        rows = [
+            [row.claim, str(row.n_tokens), "" if math.isnan(row.strength) else f"{row.strength:g}", signed(row), YES[row.holds]]
+            for row in cells(found["claims"])
+        ]
+        add("Claims", about, ["difference", "tokens", "strength", "value", "holds"], rows)
+    if "frontier" in found:
+        points = found["frontier"]
+        ours = points[(points["model"] == "corec") & (points["seed"].isna() | (points["seed"].nunique() == 1))]
+        both = ours.merge(found["gaps"][["n_tokens", "strength", "gap", "low", "high"]], on=["n_tokens", "strength"])
+        about = "COREC by strength; the last column is its NDCG minus that of the boost at the same CP, with its interval."
+        rows = [
+            [str(row.n_tokens), f"{row.strength:g}", f"{row.cp:.3f}", f"{row.ndcg:.3f}", signed(row)]
+            for row in cells(both.sort_values(["n_tokens", "strength"]))
+        ]
+        add("Frontier", about, ["tokens", "strength", f"CP@{k}", f"NDCG@{k}", "NDCG above the boost"], rows)
+    if "comparisons" in found:
+        table = found["comparisons"]
+        about = (
+            f"NDCG@{k} of COREC at strength 1 minus that of each other ranker, {table['n_users'].iloc[0]:,} users; p-values of "
+            f"paired randomisation tests with Holm's correction over {len(table)} comparisons; users needed to find a difference "
+            "of 0.01."
+        )
+        rows = [
+            [row.other, str(row.n_tokens), signed(row), f"{row.p_holm:.2g}", f"{row.users_for_001:,}"]
+            for row in cells(table[table["metric"] == "ndcg"])
+        ]
+        add("Comparisons", about, ["ranker", "tokens", "difference", "p", "users needed"], rows)
+    return lines
+
+
+def cells(table: pd.DataFrame) -> Iterable[Any]:
+    """Rows of a table as named tuples."""
+    return table.itertuples()
+
+
+def results_page(
+    table: pd.DataFrame, k: int, introduction: str = "", facts: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> str:
     """Render a results table as a Markdown page: summary, CP, NDCG, shares of the best possible CP, other measurements.
 
     The page contains no times and no machine (see the manifest), so equal results give the same page.
@@ -166,6 +234,8 @@ def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Map
         Paragraph that describes the run.
     facts
         Other measurements, by name.
+    folder
+        Folder of further tables (see :func:`extra_sections`); None for none.
     """
     order = [model for model in (*evaluation.MODELS, *evaluation.ALONE) if model in set(table["model"])]
     run = table.iloc[0]
@@ -198,10 +268,11 @@ def results_page(table: pd.DataFrame, k: int, introduction: str = "", facts: Map
         lines += [*markdown(["model", *map(str, cells.columns)], [[model, *cells.loc[model]] for model in order]), ""]
     value = control.set_index(["model", "n_tokens"])["value"]
     lines += ["## Against the best that the pools allow (`rule`)", ""]
-    for model in ("corec", "corec-alone", "no-token", "zero-shot"):
+    for model in ("corec", "no-prior", "corec-alone", "no-token", "zero-shot"):
         lengths = [n for n in sorted(control["n_tokens"].unique()) if (model, n) in value.index]
         shares = [f"{value[model, n] / value['rule', n]:.1%} with {n}" for n in lengths]
         lines += [f"- `{model}` reaches of its CP@{k}: {', '.join(shares)} control tokens."] if shares else []
+    lines += extra_sections(folder, k) if folder else []
     if facts:
         lines += ["", "## Other measurements", ""]
     for name, fact in (facts or {}).items():
@@ -217,9 +288,28 @@ def introduction(params: Params) -> str:
         f"Run `{params.run}`: data set {params.data.dataset}, split `{params.data.split}`, control values "
         f"`{params.controls.protocol}`, K = {params.controls.k} candidates of SASRec, seed {params.seed}. Backbone "
         f"{reranker.backbone}, read-out `{reranker.readout}` ({reranker.pooling}), request {reranker.request_position} the "
-        f"candidates, values as {reranker.values}. "
+        f"candidates, values as {reranker.values}, loss `{reranker.loss}`, {'with' if reranker.prior else 'without'} a prior, "
+        f"{reranker.seeds} training{'s' if reranker.seeds > 1 else ''}. "
         f"Intervals: {params.evaluation.confidence:.0%}, bootstrap over users."
     )
+
+
+def copy_extra(params: Params, folder: Path) -> list[Path]:
+    """Copy the tables :data:`EXTRA` of stage 05 to `folder`, remove older ones, and draw the frontier; returns the files."""
+    written = []
+    for name in EXTRA:
+        source, target = paths.stage_dir(params.run, "evaluation") / f"{name}.csv", folder / f"{name}.csv"
+        target.unlink(missing_ok=True)
+        if source.exists():
+            written.append(Path(shutil.copyfile(source, target)))
+    (folder / "frontier.png").unlink(missing_ok=True)
+    if (folder / "frontier.csv").exists():
+        written.append(folder / "frontier.png")
+        with sns.axes_style("whitegrid"):
+            figure = frontier.draw(pd.read_csv(folder / "frontier.csv"), params.figures.k)
+            figure.savefig(written[-1], dpi=130)
+            plt.close(figure)
+    return written
 
 
 def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> list[Path]:
@@ -238,9 +328,10 @@ def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> li
     record = stages.manifest(params, stages.ancestors("figures"))
     (folder / "manifest.json").unlink(missing_ok=True)
     written = make(table, params.figures.k, folder)
+    written += copy_extra(params, folder)
     written += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
     table.to_csv(written[-3], index=False, float_format="%.6g")
-    files.write_text(written[-2], results_page(table, params.figures.k, introduction(params), facts))
+    files.write_text(written[-2], results_page(table, params.figures.k, introduction(params), facts, folder))
     record["outputs"] = {path.name: files.sha256(path) for path in written[:-1]}
     files.write_json(written[-1], record)
     return written

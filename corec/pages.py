@@ -177,7 +177,7 @@ def run_page(folder: Path) -> str | None:
     old = (folder / "results.md").read_text()
     table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
     introduction = old.split("\n## ")[0].partition("\n\n")[2].strip()
-    new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction)
+    new = results_page(table, int(pd.read_csv(folder / "fig7.csv")["k"].iloc[0]), introduction, folder=folder)
     return new + "".join(f"\n## {part}" for part in old.split("\n## ")[1:] if part.startswith("Other measurements"))
 
 

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from corec import CorecError
 
@@ -82,6 +92,9 @@ class DataParams(Model):
     min_interactions: int = Field(30, ge=3)  # paper: smallest number of interactions of a user
     max_users: int = Field(3000, ge=1)  # paper: number of users, those with the most interactions
     latest: int = Field(50, ge=3)  # paper: latest interactions that are kept of each user
+    # Latest training interactions of a user that train the re-ranker only: the retriever and all statistics of the items end
+    # before them. At most half of the user's training interactions. 0: the re-ranker trains on what the retriever has seen.
+    held_back: int = Field(0, ge=0)
 
     @property
     def dataset(self) -> str:
@@ -120,6 +133,7 @@ class SasrecParams(Model):
     batch_size: int = Field(64, ge=1)
     epochs: int = Field(100, ge=1)
     patience: int = Field(10, ge=1)  # epochs without a better validation NDCG@10 before training stops
+    measure_held_back: bool = False  # also train a retriever on the held-back interactions, to measure what they cost
     decay: bool = False  # linear decay of the learning rate to 0 over `epochs`, with warm-up in the first
     # Batches of similar length, softmax in blocks, dropout from bytes: several times faster, with other random numbers.
     fast: bool = False
@@ -167,6 +181,18 @@ class ControlsParams(Model):
         return self
 
 
+class EvidenceParams(Model):
+    """Stage 03: evidence of relevance and the combiner, whose score is the prior of the re-ranker."""
+
+    # none: no evidence, and the re-ranker has no prior; best: linear or lambdarank, by validation.
+    combiner: Literal["none", "linear", "lambdarank", "best"] = "none"
+    steps: int = Field(3, ge=1)  # transitions: item j follows item i within this number of steps
+    recent: int = Field(6, ge=1)  # latest items of the evidence from recent items
+    history: int = Field(100, ge=1)  # latest items of the evidence from the whole history
+    text: str | None = None  # language model that embeds the titles, as reranker.backbone; empty: no evidence from text
+    folds: int = Field(5, ge=2)  # parts of the users for out-of-fold scores
+
+
 class RerankerParams(Model):
     """Stage 04: the language model and its training."""
 
@@ -176,6 +202,10 @@ class RerankerParams(Model):
     pooling: Literal["end", "mean"] = "mean"  # candidate, late: state of the last token of the line, or mean over its tokens
     layers: Literal["last", "mix"] = "mix"  # candidate, late: states of the last layer, or a learned mix of all layers
     head_width: int = Field(64, ge=1)  # late: width of the two projections P and Q
+    # late: the request as a whole, or the sum over its constraints of the probability that the candidate meets each.
+    control: Literal["request", "constraints"] = "request"
+    prior: bool = False  # add the combiner's score (evidence.combiner), times a learned gate
+    control_logits: float = Field(8.0, gt=0)  # constraints, listwise: score of one constraint met, at strength 1
     request_position: Literal["before", "after"] = "after"
     values: Literal["token", "words"] = "token"  # attribute values as one new token each, or as words
     title_tokens: int = Field(12, ge=1)  # tokens of a title; longer titles are cut
@@ -185,6 +215,7 @@ class RerankerParams(Model):
     lr: float = Field(1e-3, gt=0)  # adapter
     lr_head: float = Field(1e-3, gt=0)  # read-out head
     lr_rows: float = Field(1e-2, gt=0)  # embedding rows of the new tokens
+    lr_gate: float = Field(1e-2, gt=0)  # gate of the prior, and scale of the control term
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
     steps: int = Field(100, ge=1)  # optimiser steps on the full prompt
     curriculum_steps: int = Field(60, ge=0)  # steps before these: attributes only, no history, short requests first
@@ -192,7 +223,12 @@ class RerankerParams(Model):
     batch_size: int = Field(4, ge=1)  # windows per step
     micro_batch: int = Field(2, ge=1)  # windows in memory at a time; the gradient is that of the whole batch
     requests_per_window: int = Field(16, ge=1)
+    # ranknet: the paper's, on control scores; listwise: cross-entropy to the softmax of prior, constraints met and truth.
+    loss: Literal["ranknet", "listwise"] = "ranknet"
     truth_bonus: bool = True  # the control score of the true next item is one higher
+    truth_logits: float = Field(3.0, ge=0)  # listwise: the truth bonus in the softmax
+    match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
+    seeds: int = Field(1, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     gradient_checkpointing: bool = False
     checkpoint_steps: int = Field(20, ge=1)
     eval_batch_size: int = Field(8, ge=1)
@@ -210,6 +246,10 @@ class RerankerParams(Model):
                 "parameter 'reranker.readout' 'late' compares candidates with a request that follows them: "
                 "set reranker.request_position to 'after'."
             )
+        if self.control == "constraints" and self.readout != "late":
+            raise ValueError(
+                "parameter 'reranker.control' 'constraints' needs the states of the constraints: set reranker.readout to 'late'."
+            )
         return self
 
 
@@ -219,6 +259,9 @@ class EvaluationParams(Model):
     ks: list[PositiveInt] = [1, 3, 5, 10]  # cut-offs k of the metrics
     bootstrap: int = Field(1000, ge=10)  # resamples of users
     confidence: float = Field(0.95, gt=0, lt=1)
+    boost: float = Field(1.0, ge=0)  # score of one constraint met in the ranker `boost`, in units of the combiner's log-odds
+    # With a prior: weights of control against relevance of the frontier; 1 is as trained.
+    strengths: list[NonNegativeFloat] = [0, 0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1]
 
 
 class FiguresParams(Model):
@@ -273,6 +316,7 @@ class Params(Model):
     data: DataParams = DataParams()
     sasrec: SasrecParams = SasrecParams()
     controls: ControlsParams = ControlsParams()
+    evidence: EvidenceParams = EvidenceParams()
     reranker: RerankerParams = RerankerParams()
     evaluation: EvaluationParams = EvaluationParams()
     figures: FiguresParams = FiguresParams()
@@ -285,6 +329,11 @@ class Params(Model):
             raise ValueError(
                 f"parameter 'sasrec.top_k' is {self.sasrec.top_k}, fewer than the {self.controls.k} candidates of "
                 "controls.k: raise sasrec.top_k or lower controls.k."
+            )
+        if self.reranker.prior and self.evidence.combiner == "none":
+            raise ValueError(
+                "parameter 'reranker.prior' needs the scores of a combiner: set evidence.combiner to 'linear', 'lambdarank' or "
+                "'best'."
             )
         if (k := self.figures.k) not in self.evaluation.ks or k >= self.controls.k:
             raise ValueError(

@@ -41,10 +41,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "efficiency": ("data", "sasrec", "controls", "reranker"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.
-SECTIONS = {"retriever_study": ("sasrec", "study"), "prompt_study": ("reranker", "study")}
+SECTIONS = {"controls": ("controls", "evidence"), "retriever_study": ("sasrec", "study"), "prompt_study": ("reranker", "study")}
 PACKAGES = (
-    "accelerate datasets duckdb matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scipy seaborn tokenizers "
-    "torch transformers"
+    "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "
+    "seaborn tokenizers torch transformers"
 ).split()
 
 
@@ -217,9 +217,10 @@ def start(settings: Params, name: str) -> Stage:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files differ from it (both None outside a repository)."""
+    """Commit of the checkout, and whether tracked files outside ``figures`` differ from it (None outside a repository)."""
     try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        changes = ["status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)figures"]  # to which runs write
+        commands = (["rev-parse", "HEAD"], changes)
         commit, changed = (
             subprocess.run(["git", "-C", str(paths.root()), *command], capture_output=True, text=True, check=True).stdout.strip()
             for command in commands

@@ -50,7 +50,7 @@ def test_training_and_scoring_keep_to_one_device(
     monkeypatch.setattr(Tensor, "item", lambda loss: 0.0 if loss.is_meta else pytest.fail("a loss of the CPU"))
     model.model.train()
     with OneDevice():
-        reranker.backward(model, rows, np.ones((8, 3, 6)))
+        reranker.backward(model, rows, reranker.Targets.of_control(np.ones((8, 3, 6))))
         assert all(value.grad is not None and value.grad.is_meta for value in model.trainable().values())
         with torch.no_grad():
             assert model.forward(rows[:2]).is_meta
@@ -66,5 +66,5 @@ def test_kept_prefixes_stay_on_their_device(world: World, readout: str, merged: 
         model.fused = fused.Fused(model.model)
     with OneDevice():
         prefix = engine.prefill(model, row)
-        scores = engine.answer(model, prefix, row.suffixes)
+        scores = engine.answer(model, prefix, row)
     assert scores.is_meta and scores.shape == (len(row.suffixes), 6)

@@ -72,8 +72,8 @@ def test_packed_and_kept_give_the_scores_of_one_request_alone(world: World, tmp_
             model, world.examples, world.pools.take(np.array([window])), [r[[window]] for r in world.requests]
         )[0]
         prefix = engine.prefill(model, row)
-        np.testing.assert_allclose(engine.answer(model, prefix, row.suffixes).numpy(), wanted, atol=1e-4)
-        one_by_one = [engine.answer(model, prefix, [suffix])[0].numpy() for suffix in row.suffixes]
+        np.testing.assert_allclose(engine.answer(model, prefix, row).numpy(), wanted, atol=1e-4)
+        one_by_one = [engine.answer(model, prefix, row.only(number))[0].numpy() for number in range(len(row.suffixes))]
         np.testing.assert_allclose(one_by_one, wanted, atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_merged_it_scores_alike_and_single_requests_too(
     np.testing.assert_allclose(reranker.score(merged, world.examples, world.pools, world.requests), wanted, atol=1e-4)
     row = reranker.make_rows(merged, world.examples, world.pools.take(np.array([3])), [r[[3]] for r in world.requests])[0]
     prefix = engine.prefill(merged, row)
-    np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
+    np.testing.assert_allclose(engine.answer(merged, prefix, row).numpy(), wanted[3], atol=1e-4)
     assert engine.merge(merged) is merged, "nothing to merge"
     if merged.fused:
         monkeypatch.setattr(fused, "FEW", 10_000)
@@ -100,10 +100,10 @@ def test_merged_it_scores_alike_and_single_requests_too(
             again = reranker.score(merged, world.examples, world.pools, world.requests)
             np.testing.assert_allclose(again, wanted, atol=1e-4)
             prefix = engine.prefill(merged, row)
-            np.testing.assert_allclose(engine.answer(merged, prefix, row.suffixes).numpy(), wanted[3], atol=1e-4)
+            np.testing.assert_allclose(engine.answer(merged, prefix, row).numpy(), wanted[3], atol=1e-4)
     merged.prompter.limit = prefix.length + 1
     with pytest.raises(CorecError, match="exceeds the backbone's"):
-        engine.answer(merged, prefix, row.suffixes)
+        engine.answer(merged, prefix, row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,7 +174,7 @@ def test_ranking_order_in_bfloat16(world: World, readout: str) -> None:
         row = reranker.make_rows(
             model, world.examples, world.pools.take(np.array([window])), [r[[window]] for r in world.requests]
         )[0]
-        kept = engine.answer(model, engine.prefill(model, row), row.suffixes).numpy()
+        kept = engine.answer(model, engine.prefill(model, row), row).numpy()
         for ours in (packed[window], kept):
             wanted = alone(model, world, window)
             gap = np.abs(wanted[:, :, None] - wanted[:, None, :])
@@ -214,17 +214,17 @@ def test_the_packed_gradient_is_the_plain_sum(world: World, readout: str) -> Non
     model = world.build(params)
     unlike_start(model)
     batch = reranker.training_batch(world.examples, params, 5)
-    reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.control)
+    reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.targets)
     packed = {name: value.grad.clone() for name, value in model.trainable().items()}
     for value in model.trainable().values():
         value.grad = None
-    windows, requests = batch.control.shape[:2]
+    windows, requests = batch.targets.control.shape[:2]
     for window in range(windows):
         pools = batch.pools.take(np.array([window]))
         for place, request in enumerate(batch.requests):
             row = reranker.make_rows(model, world.examples, pools, [request[[window]]])[0]
             scores = textbook_scores(model, row)
-            wanted = torch.from_numpy(batch.control[window, place])
+            wanted = torch.from_numpy(batch.targets.control[window, place])
             (reranker.ranknet(scores[None], wanted[None]) / (windows * requests)).backward()
     for name, value in model.trainable().items():
         torch.testing.assert_close(packed[name], value.grad, atol=1e-4, rtol=1e-4)

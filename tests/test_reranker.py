@@ -164,7 +164,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(world: World) -> Non
         params = world.params(batch_size=5, micro_batch=size)
         model = world.build(params)
         batch = reranker.training_batch(world.examples, params, step=7)
-        loss = reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.control)
+        loss = reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.targets)
         gradients.append({name: value.grad for name, value in model.trainable().items()} | {"loss": torch.tensor(loss)})
     for other in gradients[1:]:
         for name, value in gradients[0].items():

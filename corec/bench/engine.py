@@ -91,7 +91,7 @@ def bench_engine(k: int = 20, windows: int = 16) -> Iterator[Timing]:
 
 def single(rows: list[reranker.Row], number: int) -> reranker.Row:
     """Return the first row with one of its requests only."""
-    return rows[0]._replace(suffixes=[rows[0].suffixes[number % REQUESTS]])
+    return rows[0].only(number % REQUESTS)
 
 
 @torch.inference_mode()
@@ -108,7 +108,7 @@ def one_by_one(model: reranker.Reranker, rows: list[reranker.Row], whole: float)
         Seconds of a whole forward pass of the reference implementation, with the adapter not merged.
     """
     prefix = engine.prefill(model, rows[0])
-    middle, high = machine.percentiles(lambda i: engine.answer(model, prefix, single(rows, i).suffixes), 80)
+    middle, high = machine.percentiles(lambda i: engine.answer(model, prefix, single(rows, i)), 80)
     yield Timing("one_request_cached_vs_forward", 1e3 * middle, "ms", f"whole forward, {1e3 * whole:.0f} ms", middle / whole)
     yield Timing("one_request_cached_p95", 1e3 * high, "ms")
     same, _ = machine.percentiles(lambda i: plain.scores(model, single(rows, i), True), 16)
@@ -141,12 +141,12 @@ def against_the_library(model: reranker.Reranker, rows: list[reranker.Row]) -> I
             if name == "fused":
                 fuse(model.causal)
             prefix = engine.prefill(way, rows[0])
-            works = [partial(way.forward, batch), partial(engine.answer, way, prefix, rows[0].suffixes[:1])]
+            works = [partial(way.forward, batch), partial(engine.answer, way, prefix, rows[0].only(0))]
             for work in works:
                 work()
             started[name] = machine.now() - start
             scored[name] = machine.seconds(works[0]) / len(batch)
-            answered[name] = machine.percentiles(lambda i: engine.answer(way, prefix, single(rows, i).suffixes), 40)[0]  # noqa: B023
+            answered[name] = machine.percentiles(lambda i: engine.answer(way, prefix, single(rows, i)), 40)[0]  # noqa: B023
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # no compiler, say
             print(f"{name}: {str(error).splitlines()[0]}", flush=True)
         finally:
@@ -201,8 +201,8 @@ def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator
     model.model.train()
     batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
     rows = reranker.make_rows(model, examples, batch.pools, batch.requests)
-    count = batch.control.shape[0] * batch.control.shape[1]
-    ours = machine.seconds(lambda: reranker.backward(model, rows, batch.control)) / count
+    count = batch.targets.strength.size
+    ours = machine.seconds(lambda: reranker.backward(model, rows, batch.targets)) / count
 
     yield Timing("train_peak_memory", machine.peak_memory_mb(), "MB")
 
@@ -213,10 +213,10 @@ def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator
     yield Timing("train_activations", kept_mb(lambda: model.forward(some), weights), "MB", label)
 
     def one_at_a_time(last_only: bool) -> None:
-        for row, control in zip(rows, batch.control, strict=True):
+        for row, control in zip(rows, batch.targets.control, strict=True):
             place = int(rng.integers(len(row.suffixes)))
             wanted = torch.from_numpy(control[place]).to(model.device)
-            logits = plain.scores(model, row._replace(suffixes=[row.suffixes[place]]), last_only)
+            logits = plain.scores(model, row.only(place), last_only)
             reranker.ranknet(logits, wanted[None]).backward()
 
     rng = np.random.default_rng(0)

@@ -115,7 +115,7 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
     bare = matmul_rate(8192 if gpu else 1024, model.causal.dtype, machine.device())
     yield Timing("matmul_rate", bare / 1e12, "TFLOP/s", name)
     rows = random_rows(windows, k, requests, tokens, rng)
-    control = rng.integers(0, 4, (windows, requests, k)).astype(np.float32)
+    targets = reranker.Targets.of_control(rng.integers(0, 4, (windows, requests, k)).astype(np.float32))
     flop = forward_flop(config, windows, tokens)
     model.model.train()
     for label, checkpointing in (("train", False), ("train_checkpointing", True)):
@@ -124,7 +124,7 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            seconds = machine.seconds(lambda: reranker.backward(model, rows, control))
+            seconds = machine.seconds(lambda: reranker.backward(model, rows, targets))
         except CorecError:
             yield Timing(f"{label}_out_of_memory", peak_memory_mb(), "MB")
             continue
@@ -140,10 +140,10 @@ def bench_large(tokens: int = 2048, k: int = 20, requests: int = 16, windows: in
         yield Timing("score_vs_matmul_rate", rate / 1e12, "TFLOP/s", f"{1e3 * seconds:.0f} ms a pass", rate / bare)
         yield Timing("score_peak_memory", peak_memory_mb(), "MB")
         prefix = engine.prefill(merged, rows[0])
-        engine.answer(merged, prefix, rows[0].suffixes[:1])
+        engine.answer(merged, prefix, rows[0].only(0))
         times = []
-        for suffix in rows[0].suffixes:
+        for number in range(requests):
             start = machine.now()
-            engine.answer(merged, prefix, [suffix])
+            engine.answer(merged, prefix, rows[0].only(number))
             times.append(machine.now() - start)
     yield Timing("one_request_cached", 1e3 * float(np.median(times)), "ms", f"prefix of {prefix.length} tokens")

@@ -27,6 +27,8 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
     first 80 % for training, then 10 % for validation and 10 % for testing (as in the authors' code: 50 records give 40/5/5).
     ``leave-one-out``: the `core`-core; the last interaction of each user for testing, the one before it for validation.
 
+    The last `held_back` training interactions of each user, at most half of them, have the split ``held-back``.
+
     Parameters
     ----------
     interactions
@@ -66,7 +68,10 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
     by_user = table.groupby("user")["user"]
     position, length = by_user.cumcount(), by_user.transform("size")
     held_out = (0.1 * length).round().clip(lower=1) if params.split == "paper" else 1
-    split = np.select([position >= length - held_out, position >= length - 2 * held_out], ["test", "valid"], "train")
+    left = length - 2 * held_out  # training interactions
+    held_back = np.minimum(params.held_back, left // 2)
+    bounds = [position >= length - held_out, position >= left, position >= left - held_back]
+    split = np.select(bounds, ["test", "valid", "held-back"], "train")
     return table.assign(position=position, split=split).reset_index(drop=True)
 
 
@@ -127,7 +132,8 @@ def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame
     """Make the examples of the re-ranker: a target and the items just before it.
 
     Training: every position with a full history before it (`window` items, or one fewer with the split ``paper``). Validation and
-    test: every held-out position, with up to `window` history items.
+    test: every held-out position, with up to `window` history items. With `held_back`, the training windows are those of the
+    held-back interactions; as many windows before them have the split ``in-sample``, for comparison.
 
     Parameters
     ----------
@@ -141,11 +147,19 @@ def make_windows(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame
     Columns ``window user split position target history``; histories are lists of items, oldest first.
     """
     items, position = interactions["item"].to_numpy(), interactions["position"].to_numpy()
-    train = (interactions["split"] == "train").to_numpy()
-    size = np.where(train, params.window - (params.split == "paper"), params.window)
-    rows = np.flatnonzero((position >= 1) & (~train | (position >= size)))
+    split = interactions["split"].to_numpy(dtype=object)
+    training = np.isin(split, ["train", "held-back"])
+    size = np.where(training, params.window - (params.split == "paper"), params.window)
+    wanted = (position >= 1) & (~training | (position >= size))
+    if params.held_back:
+        user = interactions["user"]
+        seen, held_back = (pd.Series(split == name).groupby(user).transform("sum").to_numpy() for name in ("train", "held-back"))
+        wanted &= (split != "train") | (position >= seen - held_back)
+        split = np.select([split == "train", split == "held-back"], ["in-sample", "train"], split)
+    rows = np.flatnonzero(wanted)
     starts = rows - np.minimum(size, position)[rows]  # the rows of a user are consecutive, in order of time
-    table = interactions.iloc[rows][["user", "split", "position"]].reset_index(drop=True)
+    table = interactions.iloc[rows][["user", "position"]].reset_index(drop=True)
+    table.insert(1, "split", split[rows])
     table["target"] = items[rows]
     table["history"] = [items[start:row].tolist() for start, row in zip(starts, rows, strict=True)]
     return table.rename_axis("window").reset_index()

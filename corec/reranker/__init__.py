@@ -6,18 +6,28 @@ requests behind a kept prefix in :mod:`corec.reranker.engine`.
 
 from corec.reranker.model import Reranker, adapt, build, load, row_drift, save, token_layers, token_rows, zero_shot
 from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens
-from corec.reranker.readout import Head, ranknet
-from corec.reranker.scoring import Examples, load_examples, make_rows, save_scores, score, score_gap, score_split
-from corec.reranker.training import TrainingBatch, backward, train, training_batch
+from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
+from corec.reranker.scoring import (
+    Examples,
+    load_examples,
+    make_rows,
+    score,
+    score_gap,
+    score_parts,
+    score_split,
+)
+from corec.reranker.training import Targets, TrainingBatch, backward, repeat, train, training_batch
 
 __all__ = [
     "MAX_K",
     "Batch",
     "Examples",
     "Head",
+    "Parts",
     "Prompter",
     "Reranker",
     "Row",
+    "Targets",
     "TrainingBatch",
     "adapt",
     "backward",
@@ -26,16 +36,19 @@ __all__ = [
     "encode",
     "index_token",
     "letters",
+    "listwise",
     "load",
     "load_examples",
     "make_rows",
+    "match_loss",
     "new_tokens",
     "ranknet",
+    "repeat",
     "row_drift",
     "save",
-    "save_scores",
     "score",
     "score_gap",
+    "score_parts",
     "score_split",
     "token_layers",
     "token_rows",

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from corec import CorecError
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
+from corec.reranker.readout import Parts
 
 
 class Scorer(nn.Module):
@@ -33,11 +34,11 @@ class Scorer(nn.Module):
         self.model, self.head = reranker.model, reranker.head
         if reranker.params.readout == "index":
             self.head.requires_grad_(False)
-        self._score = reranker.forward
+        self._parts = reranker.parts
 
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Scores [rows, R, K] (see :meth:`corec.reranker.Reranker.forward`)."""
-        return self._score(rows)
+    def forward(self, rows: Sequence[Row]) -> tuple[Parts, Tensor | None]:
+        """Parts of the scores, and the prior (see :meth:`corec.reranker.Reranker.parts`)."""
+        return self._parts(rows)
 
 
 def prepare(reranker: Reranker, accelerator: Accelerator) -> nn.Module:

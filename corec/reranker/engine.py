@@ -5,7 +5,6 @@ module caches the keys and values of the prefix (instruction, history, candidate
 of the candidates. A further request then costs a pass over its own tokens and one dot product per candidate.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +76,7 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
 
 
 @torch.inference_mode()
-def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]) -> Tensor:
+def answer(reranker: Reranker, prefix: Prefix, row: Row, strength: float = 1.0) -> Tensor:
     """Score the candidates of a cached prefix under R requests.
 
     All requests are computed in one row; each attends to the prefix and to itself only.
@@ -88,8 +87,10 @@ def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]
         The model that computed the prefix.
     prefix
         Result of :func:`prefill`.
-    suffixes
-        Token ids of each request (see :attr:`corec.reranker.Row.suffixes`).
+    row
+        A row of the window; only its suffixes, their constraints and its prior are used.
+    strength
+        Weight of the control term (1: as trained).
 
     Returns
     -------
@@ -101,15 +102,17 @@ def answer(reranker: Reranker, prefix: Prefix, suffixes: Sequence[Sequence[int]]
         If a request exceeds the maximum number of positions of the backbone.
     """
     reranker.model.eval()
-    limit, longest = reranker.prompter.limit, max(map(len, suffixes))
+    limit, longest = reranker.prompter.limit, max(map(len, row.suffixes))
     if limit and prefix.length + longest > limit:
         raise CorecError(f"A request of {longest} tokens behind {prefix.length} exceeds the backbone's {limit}: shorten it.")
-    row = Row([], [], [list(suffix) for suffix in suffixes])
-    batch = collate([row], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
+    asked = row._replace(prefix=[], spans=[])
+    batch = collate([asked], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
     prefix_mask = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)
     mask = torch.cat([prefix_mask, batch.mask], dim=-1)
     cache = prefix.layers if reranker.fused else DynamicCache(prefix.layers)
     states = reranker.states(batch.ids, batch.positions + prefix.length, mask, cache)
     if prefix.candidates is None:
-        return reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)
-    return reranker.head(prefix.candidates, reranker.head.pool(batch.requests, states))[0]
+        parts = reranker.index_parts(reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)[None])
+    else:
+        parts = reranker.head_parts(batch, states, prefix.candidates)
+    return parts.scores(batch.prior if reranker.params.prior else None, strength)[0]

@@ -19,8 +19,8 @@ from corec import CorecError, backbones, machine
 from corec.controls import Vocabulary
 from corec.params import RerankerParams
 from corec.reranker.probes import can_pack, logit_scale, positions
-from corec.reranker.prompt import Prompter, Row, collate, extend_tokenizer, index_token, new_tokens
-from corec.reranker.readout import Head
+from corec.reranker.prompt import Batch, Prompter, Row, collate, extend_tokenizer, index_token, new_tokens
+from corec.reranker.readout import Head, Parts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -114,15 +114,44 @@ class Reranker:
         cap = getattr(self.causal.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def forward(self, rows: Sequence[Row]) -> Tensor:
-        """Scores [rows, R, K] of the rows in one forward pass. All rows must have the same R and the same K."""
+    def forward(self, rows: Sequence[Row], strength: float = 1.0) -> Tensor:
+        """Scores [rows, R, K] of the rows in one forward pass. All rows must have the same R and the same K.
+
+        `strength` is the weight of the control term against prior and relevance (1: as trained).
+        """
+        parts, prior = self.parts(rows)
+        return parts.scores(prior, strength)
+
+    def parts(self, rows: Sequence[Row]) -> tuple[Parts, Tensor | None]:
+        """Parts of the scores of the rows, and their prior [rows, K] if the model has one."""
         batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
         layers = self.states(batch.ids, batch.positions, batch.mask) if self.packs else self.states(batch.ids, None, batch.real)
+        prior = batch.prior if self.params.prior else None
         if self.params.readout == "index":
             last = layers[-1][torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
-            return self.index_logits(last, len(rows[0].spans))
-        pooled = self.head.pool(torch.cat([batch.candidates, batch.requests], dim=1), layers)
-        return self.head(*pooled.split([batch.candidates.shape[1], batch.requests.shape[1]], dim=1))
+            return self.index_parts(self.index_logits(last, len(rows[0].spans))), prior
+        return self.head_parts(batch, layers), prior
+
+    def index_parts(self, logits: Tensor) -> Parts:
+        """Parts of the read-out `index`: the logits [..., R, K] are the control term, the gate of a prior is 1."""
+        gate = torch.ones_like(logits[..., 0]) if self.params.prior else None
+        return Parts(torch.zeros_like(logits[..., :1, :]), logits, gate)
+
+    def head_parts(self, batch: Batch, layers: Sequence[Tensor], candidates: Tensor | None = None) -> Parts:
+        """Parts of the scores by the head, from the states of the layers [batch, L, hidden].
+
+        `candidates` are the states of the candidates [batch, K, hidden] if the batch contains the requests only.
+        """
+        r, separately = batch.requests.shape[1], self.params.control == "constraints"
+        weights = [batch.requests, *([batch.constraints.flatten(1, 2)] if separately else [])]
+        pooled = self.head.pool(torch.cat([*([batch.candidates] if candidates is None else []), *weights], dim=1), layers)
+        if candidates is None:
+            candidates, pooled = pooled.tensor_split([batch.candidates.shape[1]], dim=1)
+        if not separately:
+            return self.head(candidates, pooled)
+        constraints = pooled[:, r:].unflatten(1, batch.constraints.shape[1:3])
+        present = (batch.constraints > 0).any(dim=-1)[..., None]
+        return self.head(candidates, pooled[:, :r], constraints * present)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -255,7 +284,7 @@ def zero_shot(items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParam
 
     The row of an attribute's token is the mean of the rows of its name, so the model reads the token as that name.
     """
-    plain = {"readout": "index", "request_position": "after", "values": "words"}
+    plain = {"readout": "index", "request_position": "after", "values": "words", "control": "request", "prior": False}
     return build(items, vocabulary, params.model_copy(update=plain), seed=0, adapted=False)
 
 

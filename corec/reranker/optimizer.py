@@ -15,7 +15,9 @@ WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def kind(name: str) -> str:
-    """Group of a parameter, which selects its learning rate: ``head``, ``rows`` (of the new tokens) or ``adapter``."""
+    """Group of a parameter, which selects its learning rate: ``gate``, ``head``, ``rows`` (of the new tokens) or ``adapter``."""
+    if name.startswith(("head.gate", "head.scale", "head.shift")):
+        return "gate"
     return "head" if name.startswith("head.") else "rows" if "trainable_tokens" in name else "adapter"
 
 
@@ -44,7 +46,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], params: RerankerParams) -> None:
         self.order = list(parameters.values())  # order of the sum in the norm of the gradients
-        rates = {"head": params.lr_head, "rows": params.lr_rows, "adapter": params.lr}
+        rates = {"head": params.lr_head, "rows": params.lr_rows, "adapter": params.lr, "gate": params.lr_gate}
         groups = [{"params": [v for n, v in parameters.items() if kind(n) == k], "lr": rate} for k, rate in rates.items()]
         super().__init__([group for group in groups if group["params"]], {"betas": (0.9, 0.999), "eps": 1e-8})
         for group in self.param_groups:

@@ -101,6 +101,14 @@ class Row(NamedTuple):
     prefix: list[int]  # token ids
     spans: list[tuple[int, int]]  # start and end (exclusive) of each candidate's line in the prefix
     suffixes: list[list[int]]  # token ids, one list per request
+    # Start and end (exclusive) of each constraint in its suffix, by request; equal if the constraint could not be drawn.
+    constraints: list[list[tuple[int, int]]] = []
+    prior: np.ndarray | None = None  # scores of the combiner [K]
+
+    def only(self, *requests: int) -> "Row":
+        """The row with these requests only."""
+        constraints = [self.constraints[number] for number in requests] if self.constraints else []
+        return self._replace(suffixes=[self.suffixes[number] for number in requests], constraints=constraints)
 
 
 class Prompter:
@@ -166,10 +174,17 @@ class Prompter:
 
     def request(self, values: Sequence[int]) -> list[int]:
         """Token ids of a request: the heading, then its constraints in order. Values of -1 (no constraint) are skipped."""
-        ids = list(self.heading_request)
-        for place, value in enumerate(value for value in values if value >= 0):
-            ids += (self.between if place else []) + self.values[value]
-        return ids
+        return self.request_spans(values)[0]
+
+    def request_spans(self, values: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a request (see :meth:`request`), and start and end of each constraint, equal for a value of -1."""
+        ids, spans = list(self.heading_request), []
+        for value in values:
+            if value >= 0:
+                ids += self.between if len(ids) > len(self.heading_request) else []
+                ids += self.values[value]
+            spans.append((len(ids) - (len(self.values[value]) if value >= 0 else 0), len(ids)))
+        return ids, spans
 
     def row(
         self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool = False
@@ -235,12 +250,14 @@ class Prompter:
                 ids.append(self._ids[index_token(place)])
             ids += ([] if plain else self.titles[item][:titles]) + self.described[item] + self.newline
             spans.append((start, len(ids)))
-        suffixes = [(self.newline if before else self.request(values)) + self.question for values in requests]
-        return Row(ids, spans, suffixes)
+        if before:
+            return Row(ids, spans, [self.newline + self.question])
+        asked = [self.request_spans(values) for values in requests]
+        return Row(ids, spans, [request + self.question for request, _ in asked], [places for _, places in asked])
 
 
 class Batch(NamedTuple):
-    """Rows as padded tensors. L, R and K are the maximum row length, number of requests and number of candidates."""
+    """Rows as padded tensors. L, R, K and n are the largest length of a row and numbers of requests, candidates, constraints."""
 
     ids: Tensor  # [batch, L] token ids
     positions: Tensor  # [batch, L] position ids
@@ -249,6 +266,8 @@ class Batch(NamedTuple):
     candidates: Tensor  # [batch, K, L] weights that pool token states into candidate states
     requests: Tensor  # [batch, R, L] weights that pool token states into request states
     answers: Tensor  # [batch, R] index of the last token of each suffix
+    constraints: Tensor  # [batch, R, n, L] weights that pool token states into constraint states
+    prior: Tensor | None  # [batch, K] scores of the combiner
 
 
 def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | str = "cpu") -> Batch:
@@ -275,6 +294,8 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
     segments = np.full((n, size), -1)  # 0 = prefix, 1 … R = suffix, -1 = padding
     candidates, requests = np.zeros((n, k, size), dtype=np.float32), np.zeros((n, r, size), dtype=np.float32)
     answers = np.zeros((n, r), dtype=int)
+    most = max((len(places) for row in rows for places in row.constraints), default=0)
+    constraints = np.zeros((n, r, most, size), dtype=np.float32)
     for b, row in enumerate(rows):
         end = len(row.prefix)
         ids[b, :end], positions[b, :end], segments[b, :end] = row.prefix, np.arange(end), 0
@@ -289,11 +310,17 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
             segments[b, start:stop] = place + 1
             first = stop - 1 if pooling == "end" else start
             requests[b, place, first:stop] = 1 / (stop - first)
+            for number, (low, high) in enumerate(row.constraints[place] if row.constraints else ()):
+                low = max(low, high - 1) if pooling == "end" else low
+                constraints[b, place, number, start + low : start + high] = 1 / max(high - low, 1)
             answers[b, place], start = stop - 1, stop
     segment_ids = torch.from_numpy(segments)
     mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
     mask = mask & (segment_ids >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
     mask = mask | torch.eye(size, dtype=torch.bool)
-    arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers)]
+    arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers, constraints)]
     arrays[2:2] = [mask[:, None], segment_ids >= 0]
-    return Batch(*(values.to(device) for values in arrays))
+    priors = [row.prior for row in rows if row.prior is not None]
+    prior = torch.from_numpy(np.stack(priors)).to(device) if len(priors) == len(rows) else None
+    tensors = [values.to(device) for values in arrays]
+    return Batch(*tensors, prior)  # type: ignore[call-arg]

@@ -1,20 +1,47 @@
-"""Read-outs (from states to scores) and the training loss.
+"""Read-outs (from states to the parts of a score) and the training losses.
 
-- ``index``: s_i = logit of the index token of candidate i at the answer position (the paper's read-out).
-- ``candidate``: s_i = w · h_i, where h_i is the state of candidate i's line, which attends to the request.
-- ``late``: s_i = (P h_i) · (Q g) / sqrt(width) + w · h_i, where g is the state of the request, which follows the candidates.
+- ``index``: the logit of the index token of candidate i at the answer position (the paper's read-out).
+- ``candidate``: w · h_i, where h_i is the state of candidate i's line, which attends to the request.
+- ``late``: w · h_i + control(h_i, g), where g is the state of the request, which follows the candidates. The control term is
+  (P h_i) · (Q g) / sqrt(width), or, with ``control: constraints``, c * sum_j sigmoid(a (P h_i) · (Q g_j) / sqrt(width) + b) over
+  the states g_j of the constraints, with c = ``control_logits`` and learned a and b: each summand is the probability that the
+  candidate meets the constraint.
 
+With a prior p_i, the score is s_i = beta(g) p_i + w · h_i + strength * control_i, where the gate beta(g) = 1 + v · g starts at 1.
 ``candidate`` and ``late`` are not in the paper; they were added for small backbones.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corec.params import RerankerParams
+
+
+class Parts(NamedTuple):
+    """Parts of the scores of a batch: R requests and K candidates per row, n constraints per request."""
+
+    relevance: Tensor  # [batch, 1 or R, K]
+    control: Tensor  # [batch, R, K], at strength 1
+    gate: Tensor | None = None  # [batch, R], factor of the prior; None if the model has no prior
+    match: Tensor | None = None  # [batch, R, n, K], log-odds that a candidate meets a constraint; with ``control: constraints``
+
+    def scores(self, prior: Tensor | None = None, strength: float | Tensor = 1.0) -> Tensor:
+        """Scores [batch, R, K].
+
+        Parameters
+        ----------
+        prior
+            Scores of the combiner [batch, K]; required if the model has a gate.
+        strength
+            Weight of the control term; a number, or one for each request [batch, R, 1].
+        """
+        scores = self.relevance + strength * self.control
+        return scores if prior is None or self.gate is None else scores + self.gate[..., None] * prior[:, None]
 
 
 class Head(nn.Module):
@@ -31,11 +58,12 @@ class Head(nn.Module):
     layers
         Number of hidden states of the backbone, the embeddings included.
     params
-        Read-out, layers and `head_width`.
+        Read-out, control term, prior, layers and `head_width`.
     """
 
     def __init__(self, hidden: int, layers: int, params: RerankerParams) -> None:
         super().__init__()
+        self.logits = params.control_logits
         self.mix = nn.Parameter(torch.zeros(layers if params.layers == "mix" else 1))
         self.relevance = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.relevance.weight)
@@ -43,6 +71,12 @@ class Head(nn.Module):
             self.candidate = nn.Linear(hidden, params.head_width, bias=False)
             self.request = nn.Linear(hidden, params.head_width, bias=False)
             self.request.weight = nn.Parameter(self.candidate.weight.detach().clone())
+        if params.control == "constraints":
+            self.scale, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
+        if params.prior:
+            self.gate = nn.Linear(hidden, 1)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.ones_(self.gate.bias)
 
     def pool(self, weights: Tensor, states: Sequence[Tensor]) -> Tensor:
         """Pool the states over tokens, apply layer normalisation, and mix the layers.
@@ -61,13 +95,30 @@ class Head(nn.Module):
         pooled = torch.stack([weights @ layer.float() for layer in states])  # [layers, batch, N, hidden]
         return torch.tensordot(self.mix.softmax(0), F.layer_norm(pooled, pooled.shape[-1:]), dims=1)
 
-    def forward(self, candidates: Tensor, requests: Tensor) -> Tensor:
-        """Scores [batch, R, K] of candidate states [batch, K, hidden] under request states [batch, R, hidden]."""
+    def forward(self, candidates: Tensor, requests: Tensor, constraints: Tensor | None = None) -> Parts:
+        """Parts of the scores.
+
+        Parameters
+        ----------
+        candidates, requests
+            States [batch, K, hidden] and [batch, R, hidden].
+        constraints
+            States [batch, R, n, hidden] of the constraints, zero where a request has fewer; needed for ``control: constraints``.
+        """
         relevance = self.relevance(candidates).transpose(1, 2)  # [batch, 1, K]
-        if not hasattr(self, "candidate"):
-            return relevance.expand(-1, requests.shape[1], -1)
-        keys, queries = self.candidate(candidates), self.request(requests)
-        return queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1]) + relevance
+        gate = self.gate(requests)[..., 0] if hasattr(self, "gate") else None
+        if not hasattr(self, "candidate"):  # the candidates have met the request: all of their score is control
+            return Parts(torch.zeros_like(relevance), relevance.expand(-1, requests.shape[1], -1), gate)
+        keys = self.candidate(candidates)
+        if not hasattr(self, "scale"):
+            control = self.request(requests) @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])
+            return Parts(relevance, control, gate)
+        assert constraints is not None, "the control term needs the states of the constraints"
+        queries = self.request(constraints).flatten(1, 2)  # [batch, R * n, width]
+        products = (queries @ keys.transpose(1, 2) / math.sqrt(keys.shape[-1])).unflatten(1, constraints.shape[1:3])
+        match = self.scale * products + self.shift
+        present = constraints.any(dim=-1)[..., None]  # [batch, R, n, 1]
+        return Parts(relevance, self.logits * (match.sigmoid() * present).sum(dim=2), gate, match)
 
 
 def ranknet(scores: Tensor, control: Tensor) -> Tensor:
@@ -83,3 +134,26 @@ def ranknet(scores: Tensor, control: Tensor) -> Tensor:
     above = control[..., :, None] > control[..., None, :]
     terms = F.softplus(scores[..., None, :] - scores[..., :, None]) * above
     return (terms.sum((-1, -2)) / above.sum((-1, -2)).clamp(min=1)).mean()
+
+
+def listwise(scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the softmax of `scores` to that of `targets` (both [..., K]), less the entropy of the latter.
+
+    This is their Kullback-Leibler divergence, mean over requests: 0 if the scores equal the targets up to a constant.
+    """
+    wanted = targets.log_softmax(-1)
+    return (wanted.exp() * (wanted - scores.log_softmax(-1))).sum(-1).mean()
+
+
+def match_loss(match: Tensor, met: Tensor, present: Tensor) -> Tensor:
+    """Binary cross-entropy of the log-odds `match` to the constraints met, mean over the constraints that are `present`.
+
+    Parameters
+    ----------
+    match, met
+        Log-odds and 0 or 1, both [..., n, K].
+    present
+        Whether a request has the constraint [..., n].
+    """
+    terms = F.binary_cross_entropy_with_logits(match, met, reduction="none").mean(-1) * present
+    return terms.sum() / present.sum().clamp(min=1)

@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,16 +14,18 @@ from corec import CorecError, controls, files
 from corec.controls import Pools, standardise
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
+from corec.scores import Scores
 
 
 class Examples(NamedTuple):
-    """Inputs of the re-ranker: item histories by window, and the pools, requests and vocabulary of stage 03."""
+    """Inputs of the re-ranker: item histories and priors by window, and the pools, requests and vocabulary of stage 03."""
 
     history: dict[int, list[int]]
     prepared: controls.Prepared
+    prior: Mapping[int, np.ndarray] = {}  # scores of the combiner [K], in the order of the pool
 
 
-def load_examples(windows: pd.DataFrame, prepared: controls.Prepared) -> Examples:
+def load_examples(windows: pd.DataFrame, prepared: controls.Prepared, priors: Mapping[str, np.ndarray] | None = None) -> Examples:
     """Combine the histories of the windows in `prepared` with their pools.
 
     Parameters
@@ -33,10 +34,17 @@ def load_examples(windows: pd.DataFrame, prepared: controls.Prepared) -> Example
         Windows table of stage 01.
     prepared
         Result of stage 03, which may keep only a sample of the windows.
+    priors
+        Scores of the combiner [windows, K] by split (see :func:`corec.evidence.load_priors`).
     """
     sampled = np.concatenate([pools.window for pools in prepared.pools.values()])
     rows = windows.set_index("window").loc[sampled, "history"]
-    return Examples({window: list(history) for window, history in rows.items()}, prepared)
+    prior = {
+        window: row
+        for split, part in (priors or {}).items()
+        for window, row in zip(prepared.pools[split].window, part, strict=True)
+    }
+    return Examples({window: list(history) for window, history in rows.items()}, prepared, prior)
 
 
 def fingerprint(examples: Examples) -> str:
@@ -45,7 +53,8 @@ def fingerprint(examples: Examples) -> str:
     arrays = [pools.window, pools.candidates, pools.truth, prepared.vocabulary.values_of]
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
     histories = [[int(item) for item in examples.history[window]] for window in pools.window]
-    return files.digest([hashed, histories, prepared.vocabulary.labels])
+    priors = [np.asarray(examples.prior[window]).tolist() for window in pools.window if window in examples.prior]
+    return files.digest([hashed, histories, prepared.vocabulary.labels, priors])
 
 
 def make_rows(
@@ -74,7 +83,9 @@ def make_rows(
         of_window = [request[i] for request in requests]
         shared = reranker.packs and reranker.params.request_position == "after"
         groups = [of_window] if shared else [[request] for request in of_window]
-        rows += [reranker.prompter.row(examples.history[window], pools.candidates[i], g, plain) for g in groups]
+        made = (reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain) for group in groups)
+        prior = examples.prior.get(window) if reranker.params.prior else None
+        rows += [row._replace(prior=prior) for row in made]
     return rows
 
 
@@ -93,10 +104,17 @@ def memory_for(parameter: str) -> Iterator[None]:
         ) from error
 
 
-@torch.inference_mode()
 def score(
     reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], report: str | None = None
 ) -> np.ndarray:
+    """Scores [windows, R, K] of the candidates of every window under its R requests (see :func:`score_parts`)."""
+    return score_parts(reranker, examples, pools, requests, report).total()
+
+
+@torch.inference_mode()
+def score_parts(
+    reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], report: str | None = None
+) -> Scores:
     """Score the candidates of every window under its R requests.
 
     Rows are batched by length to reduce padding.
@@ -112,10 +130,6 @@ def score(
     report
         Label of a progress line, printed every 20 s; None for no progress lines.
 
-    Returns
-    -------
-    Scores [windows, R, K], float32.
-
     Raises
     ------
     CorecError
@@ -125,16 +139,20 @@ def score(
     rows = make_rows(reranker, examples, pools, requests)
     reranker.prompter.report_cut()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prefix))
-    result, shown = np.empty((len(rows), len(rows[0].suffixes), pools.candidates.shape[1]), np.float32), time.monotonic()
+    shape = (len(rows), len(rows[0].suffixes), pools.candidates.shape[1])
+    found, shown = Scores(*(np.zeros(shape, np.float32) for _ in Scores._fields)), time.monotonic()
     size = reranker.params.eval_batch_size
     for start in range(0, len(order), size):
         part = order[start : start + size]
         with memory_for("eval_batch_size"):
-            result[part] = reranker.forward([rows[i] for i in part]).cpu().numpy()
+            parts, prior = reranker.parts([rows[i] for i in part])
+            if prior is not None and parts.gate is not None:
+                found.prior[part] = (parts.gate[..., None] * prior[:, None]).cpu().numpy()
+            found.relevance[part], found.control[part] = parts.relevance.cpu().numpy(), parts.control.cpu().numpy()
         if report and time.monotonic() - shown > 20:
             print(f"{report}: {start + len(part)} of {len(rows)} prompts", flush=True)
             shown = time.monotonic()
-    return result.reshape(len(pools.window), len(requests), -1)
+    return Scores(*(values.reshape(len(pools.window), len(requests), -1) for values in found))
 
 
 def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], values_of: np.ndarray) -> dict[int, float]:
@@ -164,39 +182,7 @@ def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], 
     return gaps
 
 
-def score_split(reranker: Reranker, examples: Examples, split: str, lengths: Sequence[int]) -> np.ndarray:
-    """Scores [windows, R, K] of the windows of a split, under one request of each of the R `lengths`."""
+def score_split(reranker: Reranker, examples: Examples, split: str, lengths: Sequence[int]) -> Scores:
+    """Scores of the windows of a split, under one request of each of the R `lengths`."""
     pools, requests = examples.prepared.pools[split], [examples.prepared.requests[split, n] for n in lengths]
-    return score(reranker, examples, pools, requests, report=f"{reranker.params.readout}, {split}")
-
-
-def save_scores(
-    scores: Mapping[tuple[str, str], np.ndarray], prepared: controls.Prepared, lengths: Sequence[int], folder: Path
-) -> Path:
-    """Write ``scores.parquet`` with columns ``split window n_tokens model scores``.
-
-    Parameters
-    ----------
-    scores
-        Arrays [windows, R, K] by model and split.
-    prepared
-        Result of stage 03, for the window numbers.
-    lengths
-        Number of constraints of each of the R requests.
-    folder
-        Folder of the file.
-
-    Returns
-    -------
-    Path of the file.
-    """
-    parts = [
-        pd.DataFrame(
-            {"split": split, "window": prepared.pools[split].window, "n_tokens": n, "model": model, "scores": list(values[:, r])}
-        )
-        for (model, split), values in scores.items()
-        for r, n in enumerate(lengths)
-    ]
-    path = folder / "scores.parquet"
-    pd.concat(parts, ignore_index=True).to_parquet(path, index=False)
-    return path
+    return score_parts(reranker, examples, pools, requests, report=f"{reranker.params.readout}, {split}")

@@ -12,27 +12,48 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from corec import CorecError, controls, files, stages
 from corec.checkpoint import Checkpoint
 from corec.controls import Pools
-from corec.params import Params
+from corec.params import Params, RerankerParams
 from corec.reranker import devices
-from corec.reranker.model import Reranker
+from corec.reranker.model import Reranker, build, save
 from corec.reranker.optimizer import MasterAdamW, load_state, whole_state
 from corec.reranker.prompt import Row
-from corec.reranker.readout import ranknet
+from corec.reranker.readout import Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import Examples, fingerprint, make_rows, memory_for
 
 
+class Targets(NamedTuple):
+    """What a batch is trained on: R requests and K candidates per window, n constraints per request."""
+
+    control: np.ndarray  # control scores [windows, R, K], with the truth bonus
+    met: np.ndarray  # constraints met [windows, R, n, K], 0 where a request has fewer
+    present: np.ndarray  # constraints of the requests [windows, R, n], 0 or 1
+    truth: np.ndarray  # the true next item [windows, K], 0 or 1; all 0 without a truth bonus
+    strength: np.ndarray  # of the requests [windows, R]
+
+    @classmethod
+    def of_control(cls, control: np.ndarray) -> "Targets":
+        """Targets for RankNet from control scores [windows, R, K] only."""
+        windows, requests, k = control.shape
+        met, present = np.zeros((windows, requests, 0, k), np.float32), np.zeros((windows, requests, 0), np.float32)
+        return cls(control, met, present, np.zeros((windows, k), np.float32), np.ones((windows, requests), np.float32))
+
+    def take(self, rows: Any) -> "Targets":
+        """Select windows."""
+        return Targets(*(values[rows] for values in self))
+
+
 class TrainingBatch(NamedTuple):
-    """Windows of one optimiser step with their requests and control scores."""
+    """Windows of one optimiser step with their requests and targets."""
 
     pools: Pools
     requests: list[np.ndarray]  # R arrays [windows, n]
-    control: np.ndarray  # [windows, R, K]
+    targets: Targets
     plain: bool
 
 
@@ -41,6 +62,9 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
 
     In the first `curriculum_steps` steps, prompts are plain: in the first half of them, requests have one constraint; in the
     second half, their lengths cycle through ``controls.n_tokens`` without 0. In later steps they cycle through all lengths.
+
+    With the loss ``listwise``, the strength of each request is the square of a uniform number, so that half are below 1/4; with
+    ``ranknet`` it is 1.
     """
     settings, prepared = params.reranker, examples.prepared
     rng = np.random.default_rng([params.seed, 4, step])
@@ -54,12 +78,20 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     first = step * wanted if wanted < len(lengths) else 0  # too few for all lengths: take them in turn over the steps
     lengths = [lengths[(first + i) % len(lengths)] for i in range(wanted)]
     requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.vocabulary, rng) for n in lengths]
-    truth = pools.is_truth() if settings.truth_bonus and not plain else None
-    control = [
-        controls.control_scores(controls.matches(pools.candidates, request, prepared.vocabulary.values_of), truth)
-        for request in requests
-    ]
-    return TrainingBatch(pools, requests, np.stack(control, axis=1), plain)
+    truth = pools.is_truth() if settings.truth_bonus and not plain else np.zeros(pools.candidates.shape, dtype=bool)
+    met = [controls.matches(pools.candidates, request, prepared.vocabulary.values_of) for request in requests]
+    shape = (len(pools.window), wanted)
+    targets = Targets(
+        np.stack([controls.control_scores(each, truth) for each in met], axis=1),
+        np.zeros((*shape, max(lengths), pools.candidates.shape[1]), np.float32),
+        np.zeros((*shape, max(lengths)), np.float32),
+        truth.astype(np.float32),
+        (rng.random(shape) ** 2 if settings.loss == "listwise" else np.ones(shape)).astype(np.float32),
+    )
+    for place, (request, each) in enumerate(zip(requests, met, strict=True)):
+        targets.met[:, place, : request.shape[1]] = each.transpose(0, 2, 1)
+        targets.present[:, place, : request.shape[1]] = request >= 0
+    return TrainingBatch(pools, requests, targets, plain)
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -69,10 +101,46 @@ def schedule(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))))
 
 
+def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: RerankerParams) -> Tensor:
+    """Training loss of a batch.
+
+    ``ranknet``: RankNet on control scores. ``listwise``: divergence from softmax(p + c * strength * met + b * truth), where p is
+    the prior (0 if the model has none), c = ``control_logits`` and b = ``truth_logits``. With ``control: constraints``,
+    ``match_loss`` times the cross-entropy of each constraint is added.
+
+    Parameters
+    ----------
+    parts, prior
+        Result of :meth:`corec.reranker.Reranker.parts`.
+    targets
+        Targets of the same windows.
+    params
+        Loss and its weights.
+    """
+    control, met, present, truth, strength = (torch.from_numpy(values).to(parts.control.device) for values in targets)
+    shape = strength.shape  # windows, R; a window has one row, or one for each request
+    parts = Parts(
+        parts.relevance.reshape(len(control), -1, control.shape[-1]),
+        parts.control.reshape(control.shape),
+        None if parts.gate is None else parts.gate.reshape(shape),
+        None if parts.match is None else parts.match.reshape(met.shape),
+    )
+    prior = None if prior is None else prior.reshape(len(control), -1, prior.shape[-1])[:, 0]
+    scores = parts.scores(prior, strength[..., None])
+    if params.loss == "ranknet":
+        loss = ranknet(scores, control)
+    else:
+        wanted = params.control_logits * strength[..., None] * met.sum(dim=2) + params.truth_logits * truth[:, None]
+        loss = listwise(scores, wanted if prior is None else wanted + prior[:, None])
+    if parts.match is not None and params.match_loss:
+        loss = loss + params.match_loss * match_loss(parts.match, met, present)
+    return loss
+
+
 def backward(
     reranker: Reranker,
     rows: Sequence[Row],
-    control: np.ndarray,
+    targets: Targets,
     module: nn.Module | None = None,
 ) -> float:
     """Accumulate the gradient of the loss of a batch, `micro_batch` windows at a time; returns the loss.
@@ -85,14 +153,14 @@ def backward(
         The model.
     rows
         Rows of all windows, in order (see :func:`corec.reranker.make_rows`).
-    control
-        Control scores [windows, R, K].
+    targets
+        Targets of all windows, in order.
     module
         The re-ranker prepared for several processes (see :mod:`corec.reranker.devices`); the last pass then averages the
         gradients over the processes.
     """
-    score = module or reranker.forward
-    windows, total = len(control), 0.0
+    compute = module or reranker.parts
+    windows, total = len(targets.control), 0.0
     per_window = len(rows) // windows
     groups = [rows[i * per_window : (i + 1) * per_window] for i in range(windows)]
     order = sorted(range(windows), key=lambda i: max(len(row.prefix) for row in groups[i]))
@@ -101,9 +169,8 @@ def backward(
         some, last = order[start : start + size], start + size >= windows
         wait = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
         with wait, memory_for("micro_batch"):
-            scores = score([row for i in some for row in groups[i]])
-            wanted = torch.from_numpy(control[some]).to(reranker.device)
-            loss = ranknet(scores.reshape(wanted.shape), wanted) * (len(wanted) / windows)
+            parts, prior = compute([row for i in some for row in groups[i]])
+            loss = loss_of(parts, prior, targets.take(some), reranker.params) * (len(some) / windows)
             loss.backward()
         total += loss.item()
     return total
@@ -119,7 +186,7 @@ def not_a_number(step: int, batch: TrainingBatch, folder: Path | None) -> CorecE
             "window": batch.pools.window.tolist(),
             "candidates": batch.pools.candidates.tolist(),
             "requests": [request.tolist() for request in batch.requests],
-            "control": batch.control.tolist(),
+            "control": batch.targets.control.tolist(),
         }
         files.write_text(folder / "failed_batch.json", json.dumps(kept))
         where = f" (its batch is in {folder / 'failed_batch.json'})"
@@ -194,7 +261,9 @@ def train(
     clock, shown = Clock(settings.max_minutes, 0.0), time.monotonic()
 
     section = stages.section(params, "reranker")
-    section["reranker"] = {name: value for name, value in section["reranker"].items() if name not in ("dtype", "zero_shot")}
+    section["reranker"] = {
+        name: value for name, value in section["reranker"].items() if name not in ("dtype", "zero_shot", "seeds")
+    }
     sections = [stages.section(params, stage) for stage in ("data", "sasrec", "controls")]
     identity = files.digest([*sections, section, fingerprint(examples)])
     checkpoint = Checkpoint(folder / "checkpoint.pt" if folder else None, identity)
@@ -217,10 +286,10 @@ def train(
         reranker.model.train()
         torch.manual_seed(params.seed * 1_000_003 + step + (accelerator.process_index << 32))
         batch = training_batch(examples, params, step)
-        part = devices.share(len(batch.control), accelerator.process_index, accelerator.num_processes)
-        pools = batch.pools.take(np.arange(len(batch.control))[part])
+        part = devices.share(len(batch.pools.window), accelerator.process_index, accelerator.num_processes)
+        pools = batch.pools.take(np.arange(len(batch.pools.window))[part])
         prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain)
-        losses = devices.gather(backward(reranker, prompts, batch.control[part], module))
+        losses = devices.gather(backward(reranker, prompts, batch.targets.take(part), module))
         loss = sum(losses) / len(losses)
         clock.tick()
         reranker.trained = True
@@ -245,6 +314,27 @@ def train(
     if first:
         reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
+
+
+def repeat(items: pd.DataFrame, examples: Examples, params: Params, seed: int, folder: Path) -> Reranker:
+    """Train and save another re-ranker on the same windows, which differs in the seed of batches, requests and initial weights.
+
+    Parameters
+    ----------
+    items
+        Items table of stage 01.
+    examples, params
+        As for :func:`train`.
+    seed
+        Seed of the training.
+    folder
+        Folder of stage 04; the re-ranker is in its subfolder ``seed-<seed>``.
+    """
+    own = folder / f"seed-{seed}"
+    own.mkdir(parents=True, exist_ok=True)
+    reranker = build(items, examples.prepared.vocabulary, params.reranker, seed)
+    save(reranker, train(reranker, examples, params.model_copy(update={"seed": seed}), own), own)
+    return reranker
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -164,7 +164,7 @@ def forward(model: Reranker, rows: Sequence[Row], number: int) -> Tensor:
 
 def answer(model: Reranker, prefix: engine.Prefix, rows: Sequence[Row], number: int) -> Tensor:
     """Score one list with a cached prefix, under the request of row `number`, modulo the number of rows."""
-    return engine.answer(model, prefix, rows[number % len(rows)].suffixes).cpu()
+    return engine.answer(model, prefix, rows[number % len(rows)]).cpu()
 
 
 def draw(table: pd.DataFrame) -> Figure:

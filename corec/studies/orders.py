@@ -40,7 +40,7 @@ def step_seconds(reranker: Reranker, examples: Examples, params: Params, plain: 
     reranker.model.train()
     for _ in range(2):
         started = time.monotonic()
-        backward(reranker, make_rows(reranker, examples, batch.pools, batch.requests, plain), batch.control)
+        backward(reranker, make_rows(reranker, examples, batch.pools, batch.requests, plain), batch.targets)
         times.append(time.monotonic() - started)
     for value in reranker.trainable().values():
         value.grad = None

@@ -1,0 +1,192 @@
+"""The frontier of control and relevance: CP and NDCG of COREC and of the additive boost, as the strength varies.
+
+A point is the mean over users of CP@k (tau = n) and of NDCG@k at one strength. The boost has the score
+prior + c * strength * (constraints met), with c = ``reranker.control_logits``, so both have the same scale.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from corec import evaluation, rankers
+from corec.evaluation import Judged, order_by
+from corec.intervals import by_user, intervals, resamples
+from corec.params import Params
+from corec.rankers import Ranked
+from corec.scores import Scores
+
+COLUMNS = "protocol K n_tokens model strength seed cp cp_low cp_high ndcg ndcg_low ndcg_high n_users".split()
+POINTS = {"sasrec": "v", "combiner": "^", "hard-filter": "s", "hard-filter+combiner": "D", "rule": "P", "rule+combiner": "X"}
+NONE = -1.0  # strength of rankers without one
+Points = dict[tuple[int, str, float, int], np.ndarray]  # n, ranker, strength (-1: none), place of the seed -> [users, 2]
+
+
+def point(order: np.ndarray, judged: Judged, users: np.ndarray, k: int) -> np.ndarray:
+    """CP@k at tau = n and NDCG@k of each user [users, 2]."""
+    found = evaluation.by_window(order, judged, [k])
+    return by_user(np.stack([found["cp", k, judged.met.shape[2]], found["ndcg", k, 0]], axis=1), users)
+
+
+def sweep(ranked: Ranked, scores: Sequence[Scores], prior: np.ndarray, users: np.ndarray, params: Params) -> Points:
+    """Compute CP and NDCG of each user: of COREC and the boost by strength, and of all other rankers.
+
+    Parameters
+    ----------
+    ranked
+        Result of :func:`corec.rankers.rank`.
+    scores
+        Scores of COREC on the test windows, one entry per seed.
+    prior
+        Scores of the combiner on the test windows [windows, K].
+    users
+        User of each window [windows].
+    params
+        Strengths, cut-off, and score of a constraint.
+    """
+    k, found = params.figures.k, Points()
+    for place, n in enumerate(params.controls.n_tokens):
+        judged = ranked.judged[n]
+        for strength in params.evaluation.strengths if n else []:
+            logits = params.reranker.control_logits * strength
+            found[n, "boost", strength, 0] = point(order_by(rankers.boost(prior, judged.met, logits)), judged, users, k)
+            for number, part in enumerate(scores):
+                found[n, "corec", strength, number] = point(order_by(part.total(strength)[:, place]), judged, users, k)
+        for model, orders in ranked.orders[n].items() if n else ():
+            if model not in ("boost", "corec"):
+                own = evaluation.strict(judged) if model == "hard-filter-strict" else judged
+                each = [point(order, own, users, k) for order in evaluation.by_seed(orders)]
+                found[n, model, NONE, 0] = np.mean(each, axis=0)
+    return found
+
+
+def over_seeds(points: Points) -> dict[tuple[int, str, float], np.ndarray]:
+    """Points averaged over the seeds, user by user."""
+    grouped: dict[tuple[int, str, float], list[np.ndarray]] = {}
+    for (n, model, strength, _), values in points.items():
+        grouped.setdefault((n, model, strength), []).append(values)
+    return {key: np.mean(values, axis=0) for key, values in grouped.items()}
+
+
+def table(points: Points, params: Params) -> pd.DataFrame:
+    """Points with their intervals, in the columns of :data:`COLUMNS`.
+
+    ``strength`` is empty for rankers without one. With several seeds, the rows without a ``seed`` are the means over the seeds.
+    """
+    several = {key[3] for key in points if key[1] == "corec"} != {0}
+    keyed: list[tuple[int, str, float, int | None, np.ndarray]] = [
+        (n, model, strength, params.seed + number, values) for (n, model, strength, number), values in points.items()
+    ]
+    if several:
+        keyed += [(n, model, s, None, values) for (n, model, s), values in over_seeds(points).items() if model == "corec"]
+    rows = []
+    for n, model, strength, seed, values in keyed:
+        low, high = intervals(values, params.evaluation, params.seed)
+        numbers = [number for which in (0, 1) for number in (values[:, which].mean(), low[which], high[which])]
+        rows.append((params.controls.protocol, params.controls.k, n, model, strength, seed, *numbers, len(values)))
+    made = pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64"})
+    return made.assign(strength=made["strength"].mask(made["strength"] == NONE))
+
+
+def gaps(points: Points, params: Params) -> pd.DataFrame:
+    """NDCG of COREC minus that of the boost at the same CP, for each number of constraints and strength, with intervals.
+
+    Between its points, the boost is interpolated linearly; beyond its ends, it is that of the nearest end. The bootstrap over
+    users resamples both curves together.
+
+    Returns
+    -------
+    Columns ``n_tokens strength cp gap low high``.
+    """
+    means, rows = over_seeds(points), []
+    weights = resamples(len(next(iter(points.values()))), params.evaluation, params.seed)
+    tail = (1 - params.evaluation.confidence) / 2
+    for n in (n for n in params.controls.n_tokens if n):
+        curves = {}
+        for model in ("boost", "corec"):
+            values = np.stack([means[n, model, strength] for strength in params.evaluation.strengths], axis=1)
+            drawn = np.einsum("bu,usm->bsm", weights, values)  # [resamples, strengths, 2]
+            curves[model] = np.concatenate([values.mean(axis=0)[None], drawn])
+        found = np.stack([difference(ours, boost) for ours, boost in zip(curves["corec"], curves["boost"], strict=True)])
+        low, high = np.quantile(found[1:], [tail, 1 - tail], axis=0)
+        for place, strength in enumerate(params.evaluation.strengths):
+            rows.append((n, strength, curves["corec"][0, place, 0], found[0, place], low[place], high[place]))
+    return pd.DataFrame(rows, columns="n_tokens strength cp gap low high".split())
+
+
+def difference(ours: np.ndarray, boost: np.ndarray) -> np.ndarray:
+    """NDCG of `ours` minus that of `boost` at the same CP [points]; both are CP and NDCG [points, 2]."""
+    order = np.argsort(boost[:, 0], kind="stable")
+    return ours[:, 1] - np.interp(ours[:, 0], boost[order, 0], boost[order, 1])
+
+
+def claims(points: Points, plain: Mapping[str, np.ndarray], params: Params) -> pd.DataFrame:
+    """Measure what the paper claims of its method, each as a difference with its paired interval.
+
+    Parameters
+    ----------
+    points
+        Result of :func:`sweep`.
+    plain
+        NDCG@k of each user [users] without control tokens, of ``sasrec``, ``combiner`` and ``corec``.
+    params
+        Parameters of the run.
+
+    Returns
+    -------
+    Columns ``claim n_tokens strength value low high holds``. ``holds`` is true if the whole interval is on the claimed side.
+    """
+    means, rows = over_seeds(points), []
+
+    def add(claim: str, n: int, strength: float, gain: np.ndarray, least: float, whole: bool = True) -> None:
+        """Add a row for the mean of `gain` [users]: it holds if its interval is above `least`, or (not `whole`) reaches it."""
+        low, high = (float(end[0]) for end in intervals(gain[:, None], params.evaluation, params.seed))
+        rows.append((claim, n, strength, gain.mean(), low, high, (low if whole else high) > least))
+
+    add("NDCG without tokens: COREC - SASRec", 0, NONE, plain["corec"] - plain["sasrec"], 0)
+    add("NDCG without tokens: COREC - combiner, not below", 0, NONE, plain["corec"] - plain["combiner"], 0, whole=False)
+    for n in (n for n in params.controls.n_tokens if n):
+        rule, filtered = (means[key] for key in ((n, "rule", NONE), (n, "hard-filter", NONE)))
+        strongest = params.evaluation.strengths[-1]
+        ours = means[n, "corec", strongest]
+        add("CP at full strength: COREC - 98 % of the rule's", n, strongest, ours[:, 0] - 0.98 * rule[:, 0], 0)
+        add("NDCG at full strength: COREC - rule, not below", n, strongest, ours[:, 1] - rule[:, 1], 0, whole=False)
+        enough = [s for s in params.evaluation.strengths if means[n, "corec", s][:, 0].mean() >= 0.85 * filtered[:, 0].mean()]
+        if enough:
+            gain = means[n, "corec", enough[0]][:, 1] - filtered[:, 1]
+            add("NDCG at the weakest strength with 85 % of the filter's CP: COREC - hard filter", n, enough[0], gain, 0)
+    made = pd.DataFrame(rows, columns="claim n_tokens strength value low high holds".split())
+    return made.assign(strength=made["strength"].mask(made["strength"] == NONE))
+
+
+def without_tokens(ranked: Ranked, users: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """NDCG@k of each user [users] without control tokens, of ``sasrec``, ``combiner`` and ``corec``."""
+    found = {}
+    for model in ("sasrec", "combiner", "corec"):
+        orders = evaluation.by_seed(ranked.orders[0][model])
+        values = [evaluation.by_window(order, ranked.judged[0], [k])["ndcg", k, 0] for order in orders]
+        found[model] = by_user(np.mean(values, axis=0)[:, None], users)[:, 0]
+    return found
+
+
+def draw(frame: pd.DataFrame, k: int) -> Figure:
+    """Plot the result of :func:`table`: one panel per number of constraints, CP against NDCG, with intervals at every point."""
+    lengths = sorted(frame["n_tokens"].unique())
+    figure, axes = plt.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.8), layout="constrained", squeeze=False)
+    whole = frame[frame["seed"].isna() | ~frame["model"].eq("corec") | (frame["seed"].nunique() == 1)]
+    for axis, n in zip(axes[0], lengths, strict=True):
+        rows = whole[whole["n_tokens"] == n]
+        for model, colour in (("boost", "0.45"), ("corec", "tab:blue")):
+            curve = rows[rows["model"] == model].sort_values("strength")
+            axis.plot(curve["cp"], curve["ndcg"], color=colour, marker="o", markersize=3, label=model)
+            axis.fill_between(curve["cp"], curve["ndcg_low"], curve["ndcg_high"], color=colour, alpha=0.15, linewidth=0)
+        for (model, marker), colour in zip(POINTS.items(), sns.color_palette("colorblind", len(POINTS)), strict=True):
+            one = rows[rows["model"] == model]
+            errors = [[one["ndcg"] - one["ndcg_low"]], [one["ndcg_high"] - one["ndcg"]]]
+            axis.errorbar(one["cp"], one["ndcg"], np.reshape(errors, (2, -1)), fmt=marker, color=colour, capsize=2, label=model)
+        axis.set(xlabel=f"CP@{k}, τ = n", ylabel=f"NDCG@{k}", title=f"{n} control token{'s' if n > 1 else ''}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure

@@ -1,0 +1,84 @@
+"""Scores on disk: those of the combiner (stage 03) and those of the language model (stage 04). Neither needs torch to be read."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from corec import paths, stages
+from corec.controls import Prepared
+
+
+class Scores(NamedTuple):
+    """Parts of the scores of several windows, each [windows, R, K], float32."""
+
+    prior: np.ndarray  # gate times prior; 0 without a prior
+    relevance: np.ndarray
+    control: np.ndarray  # at strength 1
+
+    def total(self, strength: float = 1.0) -> np.ndarray:
+        """Scores [windows, R, K] with the control term weighted by `strength`."""
+        return self.prior + self.relevance + np.float32(strength) * self.control
+
+
+def save(scores: Mapping[tuple[str, str, int], Scores], prepared: Prepared, lengths: Sequence[int], folder: Path) -> Path:
+    """Write ``scores.parquet`` with columns ``split window n_tokens model seed prior relevance control``; returns the file.
+
+    Parameters
+    ----------
+    scores
+        Scores by model, split and seed.
+    prepared
+        Result of stage 03, for the window numbers.
+    lengths
+        Number of constraints of each of the R requests.
+    folder
+        Folder of the file.
+    """
+    parts = [
+        pd.DataFrame(
+            {"split": split, "window": prepared.pools[split].window, "n_tokens": n, "model": model, "seed": seed}
+            | {name: list(part[:, r]) for name, part in values._asdict().items()}
+        )
+        for (model, split, seed), values in scores.items()
+        for r, n in enumerate(lengths)
+    ]
+    path = folder / "scores.parquet"
+    pd.concat(parts, ignore_index=True).to_parquet(path, index=False)
+    return path
+
+
+def load(run: str) -> dict[tuple[str, str], list[Scores]]:
+    """Scores of a run by model and split, one entry per seed; the R requests are in the order of ``controls.n_tokens``.
+
+    Raises
+    ------
+    CorecError
+        If stage 04 has not finished.
+    """
+    stages.require(run, "reranker")
+    table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
+    found: dict[tuple[str, str], list[Scores]] = {}
+    for (model, split, _), rows in table.groupby(["model", "split", "seed"], sort=False):
+        by_length = [part for _, part in rows.groupby("n_tokens", sort=False)]
+        parts = [np.stack([np.stack(list(part[name])) for part in by_length], axis=1) for name in Scores._fields]
+        found.setdefault((str(model), str(split)), []).append(Scores(*parts))
+    return found
+
+
+def load_evidence(run: str, column: str = "prior") -> dict[str, np.ndarray]:
+    """Scores of the combiner [windows, K] by split, or another `column` of the evidence; empty if the run does not have it.
+
+    Raises
+    ------
+    CorecError
+        If stage 03 has not finished.
+    """
+    stages.require(run, "controls")
+    path = paths.stage_dir(run, "controls") / "evidence.parquet"
+    table = pd.read_parquet(path) if path.exists() else pd.DataFrame()
+    if column not in table:
+        return {}
+    return {str(split): np.stack(list(part[column])) for split, part in table.groupby("split", sort=False)}
