@@ -144,7 +144,7 @@ def claims(points: Points, plain: Mapping[str, np.ndarray], params: Params) -> p
     def add(claim: str, n: int, strength: float, gain: np.ndarray, least: float, whole: bool = True) -> None:
         """Add a row for the mean of `gain` [users]: it holds if its interval is above `least`, or (not `whole`) reaches it."""
         low, high = (float(end[0]) for end in intervals(gain[:, None], params.evaluation, params.seed))
-        rows.append((claim, n, strength, gain.mean(), low, high, (low if whole else high) > least))
+        rows.append((claim, n, strength, gain.mean(), low, high, low > least if whole else high >= least))
 
     add("NDCG without tokens: COREC - SASRec", 0, NONE, plain["corec"] - plain["sasrec"], 0)
     add("NDCG without tokens: COREC - combiner, not below", 0, NONE, plain["corec"] - plain["combiner"], 0, whole=False)

@@ -36,7 +36,7 @@ def test_figures_show_the_table_and_nothing_else(table: pd.DataFrame, tmp_path: 
     assert set(seven["n_tokens"]) == {3} and set(seven["tau"]) == {1, 2, 3}
     assert set(eight["model"]) == {"sasrec", "hard-filter", "corec"}
     lines = {line.get_label(): line for line in collect(figures.figure6(six, 5).axes[0])}
-    assert set(lines) == set(evaluation.MODELS)
+    assert set(lines) == set(figures.SHOWN)
     for model, line in lines.items():
         wanted = cp[cp["model"] == model].sort_values("n_tokens")["value"].to_numpy(dtype=float)
         np.testing.assert_allclose(line.lines[0].get_ydata().astype(float), wanted)

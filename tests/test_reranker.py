@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from corec import CorecError, backbones, controls, data, evaluation, reranker, stages
+from corec import CorecError, backbones, controls, data, reranker, stages
 from corec.params import ControlsParams, DataParams, MaxWindows, Params, RerankerParams
 from corec.scale import estimate
 
@@ -569,15 +569,3 @@ def test_a_backbones_folder_counts_from_the_projects(world: World, own_folder: P
     (own_folder / "elsewhere").mkdir()
     monkeypatch.chdir(own_folder / "elsewhere")
     assert backbones.load("models/mine")[0].config.hidden_size == 64
-
-
-def test_scores_are_kept_for_the_evaluation(world: World, start_stages: Callable[[Params, str], stages.Stage]) -> None:
-    params = world.params().model_copy(update={"run": "r"})
-    model, stage = world.build(params), start_stages(params, "reranker")
-    scores = {("corec", split): reranker.score_split(model, world.examples, split, [0, 1, 2]) for split in ("valid", "test")}
-    stage.finish([reranker.save_scores(scores, world.prepared, [0, 1, 2], stage.folder)])
-    again = evaluation.load_scores("r")
-    assert list(again) == list(scores)
-    for key, values in scores.items():
-        np.testing.assert_array_equal(again[key], values)
-        assert again[key].dtype == np.float32

@@ -108,7 +108,7 @@ def fit_lambdarank(
     stop: dict[str, Any] = {}
     if valid is not None:
         held, held_labels, held_group = flat(*valid)
-        stop = {"eval_set": [(held, held_labels)], "eval_group": [held_group], "eval_at": [5]}
+        stop = {"eval_X": held, "eval_y": held_labels, "eval_group": [held_group], "eval_at": [5]}
         stop["callbacks"] = [lightgbm.early_stopping(40, verbose=False)]
     model.fit(table, labels, group=group, **stop)
     used = int(model.best_iteration_ or trees)
