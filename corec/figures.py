@@ -146,7 +146,7 @@ MODEL_NAMES = {
     "hard-filter+combiner": "hard filter, combiner's order",
     "rule": "rule (the best CP that the pool allows)",
     "rule+combiner": "rule, combiner's order",
-    "boost": "boost: combiner + constraints met",
+    "boost": "boost: prior + 1 per constraint met",
     "zero-shot": "zero-shot",
     "no-token": "COREC, no tokens",
     "corec": "**COREC**",
@@ -222,7 +222,8 @@ def results_page(
 ) -> str:
     """Render a results table as a Markdown page: summary, CP, NDCG, shares of the best possible CP, other measurements.
 
-    The page contains no times and no machine (see the manifest), so equal results give the same page.
+    The page contains no times and no machine (see the manifest), so equal results give the same page. The function is long
+    because a page has many sections.
 
     Parameters
     ----------

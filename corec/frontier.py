@@ -82,11 +82,14 @@ def table(points: Points, params: Params) -> pd.DataFrame:
     ]
     if several:
         keyed += [(n, model, s, None, values) for (n, model, s), values in over_seeds(points).items() if model == "corec"]
-    rows = []
-    for n, model, strength, seed, values in keyed:
-        low, high = intervals(values, params.evaluation, params.seed)
-        numbers = [number for which in (0, 1) for number in (values[:, which].mean(), low[which], high[which])]
-        rows.append((params.controls.protocol, params.controls.k, n, model, strength, seed, *numbers, len(values)))
+    whole = np.concatenate([values for *_, values in keyed], axis=1)  # [users, 2 * points]
+    low, high = intervals(whole, params.evaluation, params.seed)
+    numbers = np.stack([whole.mean(axis=0), low, high], axis=1).reshape(len(keyed), 6)  # CP, its interval, NDCG, its interval
+    about = (params.controls.protocol, params.controls.k)
+    rows = [
+        (*about, n, model, strength, seed, *each, len(whole))
+        for (n, model, strength, seed, _), each in zip(keyed, numbers, strict=True)
+    ]
     made = pd.DataFrame(rows, columns=COLUMNS).astype({"seed": "Int64"})
     return made.assign(strength=made["strength"].mask(made["strength"] == NONE))
 
@@ -118,9 +121,15 @@ def gaps(points: Points, params: Params) -> pd.DataFrame:
 
 
 def difference(ours: np.ndarray, boost: np.ndarray) -> np.ndarray:
-    """NDCG of `ours` minus that of `boost` at the same CP [points]; both are CP and NDCG [points, 2]."""
-    order = np.argsort(boost[:, 0], kind="stable")
-    return ours[:, 1] - np.interp(ours[:, 0], boost[order, 0], boost[order, 1])
+    """NDCG of `ours` minus that of `boost` at the same CP [points]; both are CP and NDCG [points, 2].
+
+    Where another point of the boost has at least the CP of a point and more NDCG, it counts instead, since it is better.
+    """
+    order = np.lexsort((boost[:, 1], boost[:, 0]))
+    best = np.maximum.accumulate(boost[order[::-1], 1])[::-1]
+    # Of points with one CP, the first counts, which has been raised to the best of them.
+    cp, first = np.unique(boost[order, 0], return_index=True)
+    return ours[:, 1] - np.interp(ours[:, 0], cp, best[first])
 
 
 def claims(points: Points, plain: Mapping[str, np.ndarray], params: Params) -> pd.DataFrame:
@@ -154,12 +163,44 @@ def claims(points: Points, plain: Mapping[str, np.ndarray], params: Params) -> p
         ours = means[n, "corec", strongest]
         add("CP at full strength: COREC - 98 % of the rule's", n, strongest, ours[:, 0] - 0.98 * rule[:, 0], 0)
         add("NDCG at full strength: COREC - rule, not below", n, strongest, ours[:, 1] - rule[:, 1], 0, whole=False)
-        enough = [s for s in params.evaluation.strengths if means[n, "corec", s][:, 0].mean() >= 0.85 * filtered[:, 0].mean()]
-        if enough:
-            gain = means[n, "corec", enough[0]][:, 1] - filtered[:, 1]
-            add("NDCG at the weakest strength with 85 % of the filter's CP: COREC - hard filter", n, enough[0], gain, 0)
+        curve = np.stack([means[n, "corec", strength] for strength in params.evaluation.strengths], axis=1)  # [users, S, 2]
+        rows.append(
+            ("NDCG where CP reaches 85 % of the filter's: COREC - hard filter", n, *above_filter(curve, filtered, params))
+        )
     made = pd.DataFrame(rows, columns="claim n_tokens strength value low high holds".split())
     return made.assign(strength=made["strength"].mask(made["strength"] == NONE))
+
+
+def above_filter(curve: np.ndarray, filtered: np.ndarray, params: Params) -> tuple[float, float, float, float, bool]:
+    """NDCG of COREC minus that of the hard filter, at the weakest strength with at least 85 % of the filter's CP.
+
+    The strength is selected again in each resample, so that the interval includes the selection.
+
+    Parameters
+    ----------
+    curve
+        CP and NDCG of COREC for each user and strength [users, strengths, 2].
+    filtered
+        CP and NDCG of the hard filter for each user [users, 2].
+    params
+        Strengths and bootstrap.
+
+    Returns
+    -------
+    The strength, the difference, the ends of its interval, and whether the interval is above 0. If no strength is enough, the
+    first four are not numbers.
+    """
+    weights = resamples(len(curve), params.evaluation, params.seed)
+    drawn = np.concatenate([np.full((1, len(curve)), 1 / len(curve)), weights])  # the sample itself, then its resamples
+    ours, theirs = np.einsum("bu,usm->bsm", drawn, curve), drawn @ filtered
+    enough = ours[..., 0] >= 0.85 * theirs[:, :1]
+    first = enough.argmax(axis=1)
+    gain = np.where(enough.any(axis=1), ours[np.arange(len(ours)), first, 1] - theirs[:, 1], np.nan)
+    if not enough[0].any():
+        return (np.nan,) * 4 + (False,)
+    tail = (1 - params.evaluation.confidence) / 2
+    low, high = np.nanquantile(gain[1:], [tail, 1 - tail])
+    return params.evaluation.strengths[first[0]], float(gain[0]), float(low), float(high), bool(low > 0)
 
 
 def without_tokens(ranked: Ranked, users: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -185,8 +226,8 @@ def draw(frame: pd.DataFrame, k: int) -> Figure:
             axis.fill_between(curve["cp"], curve["ndcg_low"], curve["ndcg_high"], color=colour, alpha=0.15, linewidth=0)
         for (model, marker), colour in zip(POINTS.items(), sns.color_palette("colorblind", len(POINTS)), strict=True):
             one = rows[rows["model"] == model]
-            errors = [[one["ndcg"] - one["ndcg_low"]], [one["ndcg_high"] - one["ndcg"]]]
-            axis.errorbar(one["cp"], one["ndcg"], np.reshape(errors, (2, -1)), fmt=marker, color=colour, capsize=2, label=model)
+            errors = evaluation.error_bars(one.rename(columns={"ndcg": "value", "ndcg_low": "low", "ndcg_high": "high"}))
+            axis.errorbar(one["cp"], one["ndcg"], errors, fmt=marker, color=colour, capsize=2, label=model)
         axis.set(xlabel=f"CP@{k}, τ = n", ylabel=f"NDCG@{k}", title=f"{n} control token{'s' if n > 1 else ''}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

@@ -18,6 +18,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -215,7 +216,7 @@ class RerankerParams(Model):
     lr: float = Field(1e-3, gt=0)  # adapter
     lr_head: float = Field(1e-3, gt=0)  # read-out head
     lr_rows: float = Field(1e-2, gt=0)  # embedding rows of the new tokens
-    lr_gate: float = Field(1e-2, gt=0)  # gate of the prior, and scale of the control term
+    lr_gate: float = Field(1e-2, gt=0)  # single numbers of the head: bias of the gate, scale and shift of the control term
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
     steps: int = Field(100, ge=1)  # optimiser steps on the full prompt
     curriculum_steps: int = Field(60, ge=0)  # steps before these: attributes only, no history, short requests first
@@ -250,6 +251,10 @@ class RerankerParams(Model):
             raise ValueError(
                 "parameter 'reranker.control' 'constraints' needs the states of the constraints: set reranker.readout to 'late'."
             )
+        if self.loss == "listwise" and self.readout != "late":
+            raise ValueError(
+                "parameter 'reranker.loss' 'listwise' needs a score with a part for relevance: set reranker.readout to 'late'."
+            )
         return self
 
 
@@ -262,6 +267,13 @@ class EvaluationParams(Model):
     boost: float = Field(1.0, ge=0)  # score of one constraint met in the ranker `boost`, in units of the combiner's log-odds
     # With a prior: weights of control against relevance of the frontier; 1 is as trained.
     strengths: list[NonNegativeFloat] = [0, 0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1]
+
+    @field_validator("strengths")
+    @classmethod
+    def _ascending(cls, values: list[float]) -> list[float]:
+        if not values or values != sorted(set(values)):
+            raise ValueError(f"parameter 'evaluation.strengths' is {values}: list numbers in ascending order, each once.")
+        return values
 
 
 class FiguresParams(Model):
@@ -334,6 +346,11 @@ class Params(Model):
             raise ValueError(
                 "parameter 'reranker.prior' needs the scores of a combiner: set evidence.combiner to 'linear', 'lambdarank' or "
                 "'best'."
+            )
+        if self.evidence.combiner != "none" and not self.data.held_back:
+            raise ValueError(
+                "parameter 'evidence.combiner' needs training windows that no statistic has seen: set data.held_back to 4 or "
+                "more, or evidence.combiner to 'none'."
             )
         if (k := self.figures.k) not in self.evaluation.ks or k >= self.controls.k:
             raise ValueError(

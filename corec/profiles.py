@@ -167,7 +167,8 @@ def check(params: Params, origin: str) -> None:
             f"{origin}: parameter 'controls.n_tokens' asks for {most} constraints, but only {len(names)} attributes are under "
             f"control ({', '.join(names)}): lower it."
         )
-    for parameter, backbone in (("reranker.backbone", params.reranker.backbone), ("data.tagger", params.data.tagger)):
+    named = {"reranker.backbone": params.reranker, "data.tagger": params.data, "evidence.text": params.evidence}
+    for parameter, backbone in ((name, getattr(part, name.split(".")[1])) for name, part in named.items()):
         if backbone is None or backbone in BACKBONES or (paths.from_root(backbone) / "config.json").exists():
             continue
         if backbone.startswith(("/", ".", "~")) or backbone.count("/") != 1:

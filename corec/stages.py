@@ -41,7 +41,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "efficiency": ("data", "sasrec", "controls", "reranker"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.
-SECTIONS = {"controls": ("controls", "evidence"), "retriever_study": ("sasrec", "study"), "prompt_study": ("reranker", "study")}
+SECTIONS = {
+    "controls": ("controls", "evidence"),
+    "evaluation": ("evaluation", "figures"),
+    "retriever_study": ("sasrec", "study"),
+    "prompt_study": ("reranker", "study"),
+}
 PACKAGES = (
     "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "
     "seaborn tokenizers torch transformers"

@@ -4,13 +4,14 @@ import pytest
 from scipy import stats
 
 from corec import controls, evaluation, frontier, intervals, rankers
-from corec.params import ControlsParams, EvaluationParams, EvidenceParams, FiguresParams, Params, RerankerParams
+from corec.params import ControlsParams, DataParams, EvaluationParams, EvidenceParams, FiguresParams, Params, RerankerParams
 from corec.scores import Scores
 
 WINDOWS, K = 240, 8
 LENGTHS = [0, 1, 2]
 PARAMS = Params(
     controls=ControlsParams(k=K, n_tokens=LENGTHS),
+    data=DataParams(held_back=4),
     evidence=EvidenceParams(combiner="linear"),
     reranker=RerankerParams(prior=True, control="constraints"),
     evaluation=EvaluationParams(ks=[3], bootstrap=200, strengths=[0, 0.1, 0.3, 1]),
@@ -115,6 +116,9 @@ def test_the_gap_interpolates_the_boost() -> None:
     boost = np.array([[0.2, 0.5], [0.6, 0.1]])
     ours = np.array([[0.4, 0.35], [0.1, 0.5], [0.7, 0.2]])
     np.testing.assert_allclose(frontier.difference(ours, boost), [0.05, 0.0, 0.1])
+    # A point of equal CP counts by its best NDCG, and one that a better point exceeds in both counts as that point.
+    boost = np.array([[0.2, 0.5], [0.4, 0.3], [0.4, 0.2], [0.6, 0.35]])
+    np.testing.assert_allclose(frontier.difference(np.array([[0.4, 0.35], [0.3, 0.4]]), boost), [0.0, -0.025])
 
 
 def test_several_seeds_have_rows_of_their_own_and_a_mean(world: World) -> None:
@@ -136,8 +140,11 @@ def test_claims_of_a_model_that_keeps_them_and_of_one_that_does_not(world: World
     assert good["holds"].tolist()[:2] == [True, True] and len(good) == 8
     assert good[good["claim"].str.startswith("CP at full")]["holds"].all()
     assert np.isnan(good["strength"].iloc[0]) and (good["low"] <= good["value"]).all() and (good["value"] <= good["high"]).all()
+    assert good.loc[good["claim"].str.contains("85 %"), "strength"].isin(PARAMS.evaluation.strengths).all()
     deaf = claims(world.exact._replace(control=np.zeros_like(world.control)))
     assert not deaf[deaf["claim"].str.startswith("CP at full")]["holds"].any()
+    missed = deaf[deaf["claim"].str.contains("85 %")]
+    assert len(missed) == 2 and missed["value"].isna().all() and not missed["holds"].any(), "a claim that fails is not left out"
 
 
 def test_holm_against_a_worked_example() -> None:
@@ -155,7 +162,8 @@ def test_comparisons_find_a_difference_and_miss_none_where_there_is_none(world: 
                 pd.DataFrame({"user": users, "model": model, "n_tokens": 1, "metric": metric, "k": 3, "tau": tau, "value": value})
             )
     table = pd.concat(rows).astype({"tau": "Int64"})
-    found = intervals.compare(table, PARAMS).set_index(["other", "metric"])
+    twin = table[table["model"] == "same"].assign(model="twin")
+    found = intervals.compare(pd.concat([table, twin]), PARAMS).set_index(["other", "metric"])
     better, alike = found.loc["better", "ndcg"], found.loc["same", "ndcg"]
     assert (
         better["p_holm"] < 0.01 and better["high"] < 0 and better["difference"] == pytest.approx((base - values["better"]).mean())

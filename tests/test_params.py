@@ -39,10 +39,10 @@ def test_files_that_are_not_parameters(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("run: [")
     with pytest.raises(CorecError, match="not YAML"):
         profiles.load(tmp_path / "bad.yaml")
-    with pytest.raises(CorecError, match="no readable text file"):
+    with pytest.raises(CorecError, match="not a readable text file"):
         profiles.load(tmp_path)
     (tmp_path / "text.yaml").write_text("hello")
-    with pytest.raises(CorecError, match="holds no parameters"):
+    with pytest.raises(CorecError, match="contains no parameters"):
         profiles.load(tmp_path / "text.yaml")
 
 
@@ -101,7 +101,7 @@ def test_a_file_may_name_its_base(tmp_path: Path) -> None:
     assert (params.run, params.seed, params.controls.k, params.controls.protocol) == ("child", 4, 9, "oracle")
     assert params.controls.max_windows.valid == 3
     (tmp_path / "root.yaml").write_text("base: child.yaml\n")
-    with pytest.raises(CorecError, match=r"root.yaml: base 'child.yaml' leads back"):
+    with pytest.raises(CorecError, match=r"root.yaml: base 'child.yaml' refers back"):
         profiles.load(tmp_path / "child.yaml")
     (tmp_path / "child.yaml").write_text("base: none.yaml\n")
     with pytest.raises(CorecError, match=r"child.yaml: its base .*none.yaml is missing"):

@@ -30,7 +30,10 @@ def params(world: World, **changes: Any) -> Params:
     if not (WITH_PRIOR | changes)["prior"]:
         return made
     evidence = made.evidence.model_copy(update={"combiner": "linear"})
-    return made.model_copy(update={"evidence": evidence, "reranker": made.reranker.model_copy(update={"prior": True})})
+    data = made.data.model_copy(update={"held_back": 4})
+    return made.model_copy(
+        update={"data": data, "evidence": evidence, "reranker": made.reranker.model_copy(update={"prior": True})}
+    )
 
 
 def trained(world: World, **changes: Any) -> reranker.Reranker:
@@ -77,7 +80,11 @@ def test_packed_requests_cached_prefixes_and_single_requests_agree(world: World,
             np.testing.assert_allclose(engine.answer(model, prefix, row.only(place))[0], packed.total()[window, place], atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"readout": "index"}, {"readout": "candidate", "request_position": "before"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"readout": "index", "loss": "ranknet"}, {"readout": "candidate", "request_position": "before", "loss": "ranknet"}],
+    ids=str,
+)
 def test_other_readouts_take_a_prior_too(world: World, changes: dict[str, Any]) -> None:
     model = trained(world, control="request", **changes)
     parts = reranker.score_parts(model, world.examples, world.pools, world.requests)
@@ -118,6 +125,24 @@ def test_the_match_loss_counts_present_constraints_only() -> None:
     wanted = torch.nn.functional.softplus(torch.tensor(-2.0))
     torch.testing.assert_close(reranker.match_loss(match, met, torch.tensor([[[1.0, 0.0]]])), wanted)
     assert reranker.match_loss(match, met, torch.zeros(1, 1, 2)).item() == 0
+
+
+def test_the_loss_does_not_depend_on_the_micro_batch(world: World) -> None:
+    """Also where a constraint could not be drawn for one of the windows."""
+    gradients = []
+    for size in (1, 2):
+        settings = params(world, micro_batch=size)
+        model = trained(world, micro_batch=size)
+        model.model.eval()
+        batch = reranker.training_batch(world.examples, settings, 4)
+        for request in batch.requests:
+            request[0, -1:] = -1
+        batch.targets.present[0] = 0
+        batch.targets.met[0] = 0
+        reranker.backward(model, reranker.make_rows(model, world.examples, batch.pools, batch.requests), batch.targets)
+        gradients.append({name: value.grad.clone() for name, value in model.trainable().items() if value.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("truth_bonus", [True, False])
@@ -201,6 +226,10 @@ def test_targets_for_ranknet_only() -> None:
     [
         ({"reranker": {"prior": True}}, "'reranker.prior' needs the scores of a combiner: set evidence.combiner"),
         ({"reranker": {"control": "constraints", "readout": "index"}}, "'constraints' needs the states of the constraints"),
+        ({"reranker": {"loss": "listwise", "readout": "index"}}, "'listwise' needs a score with a part for relevance"),
+        ({"evidence": {"combiner": "best"}}, "needs training windows that no statistic has seen: set data.held_back"),
+        ({"evaluation": {"strengths": [0, 1, 0.5]}}, "'evaluation.strengths' is .* list numbers in ascending order"),
+        ({"evaluation": {"strengths": []}}, "'evaluation.strengths'"),
     ],
 )
 def test_parameters_that_do_not_go_together(changes: dict[str, Any], sentence: str) -> None:

@@ -23,7 +23,7 @@ REQUESTS = 8
 
 def world(k: int, windows: int) -> tuple[Any, Any, Any]:
     """Settings, examples and an untrained re-ranker of the default run, with K random candidates in every pool."""
-    settings = profiles.load(paths.root() / "params" / "ml-100k.yaml")
+    settings = profiles.load(paths.root() / "params" / "ml-100k-ranknet.yaml")
     few = params.MaxWindows(train=windows, valid=1, test=windows)
     own = settings.controls.model_copy(update={"k": k, "max_windows": few, "train_truth": "any"})
     settings = settings.model_copy(update={"controls": own})

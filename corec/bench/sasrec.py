@@ -18,7 +18,7 @@ TO_95 = """
 import sys
 from corec import data, profiles, sasrec
 from corec.studies import retriever
-settings = profiles.load("params/ml-100k.yaml")
+settings = profiles.load("params/ml-100k-ranknet.yaml")
 own = settings.sasrec.model_copy(update={"fast": sys.argv[1] == "fast"})
 tables = data.prepare(settings.data)
 trained = sasrec.train(tables.interactions, tables.windows, len(tables.items), own, 0)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightgbm
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
@@ -79,10 +78,12 @@ def fit_lambdarank(
     seed
         Seed of the library.
     valid
-        Evidence and places of validation windows, which end the training early; None for exactly `trees` trees.
+        Evidence and places of other windows, which end the training early; None for exactly `trees` trees.
     trees
         Largest number of trees.
     """
+    import lightgbm  # needs the library libgomp, which the linear combiner does not
+
     k = values.shape[1]
     model = lightgbm.LGBMRanker(
         n_estimators=trees,
@@ -123,13 +124,41 @@ def calibrated(scores: np.ndarray, truth: np.ndarray, seed: int) -> float:
     return float(LogisticRegression(fit_intercept=False, C=1e6, random_state=seed).fit(differences, signs).coef_[0, 0])
 
 
+def select(scorers: Mapping[str, Scorer], evidence: Evidence, pools: Pools, kind: str) -> pd.DataFrame:
+    """Compare the combiners with the retriever on validation windows, and select one.
+
+    Parameters
+    ----------
+    scorers
+        Combiners by name.
+    evidence, pools
+        The validation windows.
+    kind
+        ``evidence.combiner``: a name, or ``best``.
+
+    Returns
+    -------
+    Columns ``ranker ndcg difference error chosen``: NDCG@5, its difference to the retriever's, and the standard error of that.
+    """
+    values = {"sasrec": ndcg(-pools.retriever_rank.astype(float), pools.truth)}
+    values |= {name: ndcg(score(evidence.values), pools.truth) for name, score in scorers.items()}
+    if kind == "best":
+        gain = values["lambdarank"] - values["linear"]
+        kind = "lambdarank" if gain.mean() > gain.std() / np.sqrt(len(gain)) else "linear"
+    rows = []
+    for name, value in values.items():
+        gain = value - values["sasrec"]
+        rows.append((name, value.mean(), gain.mean(), gain.std() / np.sqrt(len(gain)), name == kind))
+    return pd.DataFrame(rows, columns=["ranker", "ndcg", "difference", "error", "chosen"])
+
+
 def combine(
     evidence: Mapping[str, Evidence], pools: Mapping[str, Pools], users: np.ndarray, params: EvidenceParams, seed: int
 ) -> Combined:
     """Fit the combiners, select one on validation, and score the candidates of every split.
 
-    With ``combiner: best``, lambdarank is selected if its NDCG@5 is more than one standard error (of the paired difference)
-    above that of the linear combiner.
+    The number of trees of lambdarank is found on a part of the training users. With ``combiner: best``, lambdarank is selected if
+    its NDCG@5 is more than one standard error (of the paired difference) above that of the linear combiner.
 
     Parameters
     ----------
@@ -154,24 +183,16 @@ def combine(
             "windows have their true next item among the candidates: raise controls.k or data.held_back, or set it to 'none'."
         )
     train, truth = evidence["train"].values[hit["train"]], pools["train"].truth[hit["train"]]
-    valid = evidence["valid"].values[hit["valid"]], pools["valid"].truth[hit["valid"]]
     linear, weights = fit_linear(train, truth, seed)
     scorers: dict[str, Scorer] = {"linear": linear}
     refits: dict[str, Callable[[np.ndarray, np.ndarray], Scorer]] = {"linear": lambda x, y: fit_linear(x, y, seed)[0]}
     if params.combiner != "linear":
-        scorers["lambdarank"], trees = fit_lambdarank(train, truth, seed, valid)
+        fitted, stopping = next(GroupKFold(params.folds).split(train, groups=users[hit["train"]]))
+        _, trees = fit_lambdarank(train[fitted], truth[fitted], seed, (train[stopping], truth[stopping]))
+        scorers["lambdarank"] = fit_lambdarank(train, truth, seed, trees=trees)[0]
         refits["lambdarank"] = lambda x, y: fit_lambdarank(x, y, seed, trees=trees)[0]
-    places, retrieved = pools["valid"].truth, -pools["valid"].retriever_rank.astype(float)
-    values = {"sasrec": ndcg(retrieved, places)}
-    values |= {name: ndcg(score(evidence["valid"].values), places) for name, score in scorers.items()}
-    chosen = params.combiner
-    if chosen == "best":
-        gain = values["lambdarank"] - values["linear"]
-        chosen = "lambdarank" if gain.mean() > gain.std() / np.sqrt(len(gain)) else "linear"
-    rows = []
-    for name, value in values.items():
-        gain = value - values["sasrec"]
-        rows.append((name, value.mean(), gain.mean(), gain.std() / np.sqrt(len(gain)), name == chosen))
+    table = select(scorers, evidence["valid"], pools["valid"], params.combiner)
+    chosen = str(table.loc[table["chosen"], "ranker"].iloc[0])
     # Out-of-fold scores of the training windows; windows without the true item are scored by a model of other users too.
     raw = {split: scorers[chosen](part.values) for split, part in evidence.items() if split != "train"}
     raw["train"] = np.empty(pools["train"].candidates.shape)
@@ -180,8 +201,12 @@ def combine(
         model = refits[chosen](evidence["train"].values[fitted], pools["train"].truth[fitted])
         raw["train"][scored] = model(evidence["train"].values[scored])
     slope = calibrated(raw["train"][hit["train"]], truth, seed)
+    if slope <= 0:
+        raise CorecError(
+            f"Parameter evidence.combiner: the scores of {chosen!r} do not predict the next item of other users: raise "
+            "data.held_back for more training windows, or set evidence.combiner to 'none'."
+        )
     priors = {split: (slope * (part - part.mean(axis=1, keepdims=True))).astype(np.float32) for split, part in raw.items()}
-    table = pd.DataFrame(rows, columns=["ranker", "ndcg", "difference", "error", "chosen"])
     return Combined(priors, table, pd.Series(weights, evidence["train"].names))
 
 

@@ -53,11 +53,11 @@ class Evidence(NamedTuple):
 
 
 class Similarities(NamedTuple):
-    """Similarities of all pairs of items [items + 1, items + 1]; row and column 0 (padding) are 0."""
+    """Tables from which the similarity of any two items is found; those of item 0 (padding) are 0."""
 
-    cosine: Matrix
-    next: Matrix  # how often the column's item follows the row's
-    values: Matrix
+    cosine: Matrix  # [items + 1, items + 1]
+    next: Matrix  # [items + 1, items + 1], how often the column's item follows the row's
+    values: sparse.csr_array  # attribute values [items + 1, values] (see :func:`weighted_values`)
     text: np.ndarray | None  # embeddings of the titles [items + 1, width], of length 1; None without text
 
 
@@ -73,22 +73,31 @@ def transitions(tables: Tables, steps: int) -> sparse.csr_array:
     return (sparse.diags_array(scale) @ counted @ sparse.diags_array(scale)).tocsr()
 
 
-def value_similarities(vocabulary: Vocabulary) -> sparse.csr_array:
-    """Cosine of the items' attribute values, weighted by their inverse document frequency."""
+def weighted_values(vocabulary: Vocabulary) -> sparse.csr_array:
+    """Attribute values of the items [items + 1, values], weighted by inverse document frequency; rows have length 1, or 0."""
     rows, slots = np.nonzero(vocabulary.values_of >= 0)
     values = vocabulary.values_of[rows, slots]
     weight = np.log(len(vocabulary.values_of) / np.maximum(vocabulary.frequency(), 1)).astype(np.float32)
     shape = (len(vocabulary.values_of), len(vocabulary.labels))
     table = sparse.csr_array((weight[values], (rows, values)), shape=shape)
     length = np.sqrt(np.asarray(table.multiply(table).sum(axis=1))).ravel()
-    table = sparse.diags_array(1 / np.maximum(length, 1e-9)) @ table
-    return (table @ table.T).tocsr().astype(np.float32)
+    return (sparse.diags_array(1 / np.maximum(length, 1e-9)) @ table).tocsr().astype(np.float32)
+
+
+def profile_similarity(history: np.ndarray, candidates: np.ndarray, values: sparse.csr_array) -> np.ndarray:
+    """Sum over the items of `history` [windows, H] of the cosine of their values and those of each candidate [windows, K]."""
+    windows, k = candidates.shape
+    rows = np.repeat(np.arange(windows), history.shape[1])
+    counts = sparse.csr_array((np.ones(history.size, np.float32), (rows, history.ravel())), shape=(windows, values.shape[0]))
+    profiles = (counts @ values).tocsr()
+    products = values[candidates.ravel()].multiply(profiles[np.repeat(np.arange(windows), k)])
+    return np.asarray(products.sum(axis=1)).reshape(windows, k)
 
 
 def similarity_tables(
     tables: Tables, vocabulary: Vocabulary, params: EvidenceParams, titles: np.ndarray | None = None
 ) -> Similarities:
-    """Compute the similarities of all pairs of items.
+    """Compute the tables of similarities.
 
     Parameters
     ----------
@@ -101,10 +110,9 @@ def similarity_tables(
     titles
         Embeddings of the titles [items + 1, width] of length 1, row 0 zero; None for no evidence from text.
     """
-    parts = [similarities(tables), transitions(tables, params.steps), value_similarities(vocabulary)]
-    dense = len(tables.items) <= DENSE
-    cosine, following, values = (part.toarray() if dense else part for part in parts)
-    return Similarities(cosine, following, values, titles)
+    parts = [similarities(tables), transitions(tables, params.steps)]
+    cosine, following = (part.toarray() if len(tables.items) <= DENSE else part for part in parts)
+    return Similarities(cosine, following, weighted_values(vocabulary), titles)
 
 
 def pairs(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -191,16 +199,15 @@ def from_history(history: np.ndarray, candidates: np.ndarray, similar: Similarit
     count, count_recent = (np.maximum((part > 0).sum(axis=1), 1)[:, None] for part in (history, history[:, few]))
     cosine = pairs(similar.cosine, rows, columns)  # [windows, H, K]
     following = pairs(similar.next, rows[:, few], columns)
-    value = pairs(similar.values, rows, columns)
-    weight = 1 / np.arange(1, following.shape[1] + 1)
+    weight = 1 / np.arange(1, following.shape[1] + 1) * (history[:, few] > 0)  # [windows, R]
     found = {
         "cosine_last": np.sqrt(cosine[:, 0]),
         "cosine_recent": np.sqrt(cosine[:, few].sum(axis=1) / count_recent),
         "cosine_history": np.sqrt(cosine.sum(axis=1) / count),
         "next_last": np.sqrt(following[:, 0]),
-        "next_recent": np.sqrt((following * weight[:, None]).sum(axis=1) / weight.sum()),
-        "values_recent": value[:, few].sum(axis=1) / count_recent,
-        "values_history": value.sum(axis=1) / count,
+        "next_recent": np.sqrt((following * weight[..., None]).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-9)[:, None]),
+        "values_recent": profile_similarity(history[:, few], candidates, similar.values) / count_recent,
+        "values_history": profile_similarity(history, candidates, similar.values) / count,
     }
     if similar.text is not None:
         text = np.einsum("whd,wkd->whk", similar.text[history[:, few]], similar.text[candidates])

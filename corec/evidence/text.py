@@ -45,6 +45,6 @@ def title_embeddings(titles: list[str], backbone: str, length: int = 24, batch: 
         real = inputs["attention_mask"][..., None].float()
         parts.append(((states * real).sum(1) / real.sum(1)).cpu().numpy())
     means = np.concatenate(parts)
-    whitened = PCA(min(WIDTH, *means.shape), whiten=True, random_state=0).fit_transform(means)
+    whitened = PCA(min(WIDTH, len(means) - 1, means.shape[1]), whiten=True, random_state=0).fit_transform(means)
     whitened /= np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-9)
     return np.concatenate([np.zeros((1, whitened.shape[1])), whitened]).astype(np.float32)

@@ -15,8 +15,11 @@ WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def kind(name: str) -> str:
-    """Group of a parameter, which selects its learning rate: ``gate``, ``head``, ``rows`` (of the new tokens) or ``adapter``."""
-    if name.startswith(("head.gate", "head.scale", "head.shift")):
+    """Group of a parameter, which selects its learning rate.
+
+    ``gate`` (single numbers of the head), ``head``, ``rows`` (of the new tokens) or ``adapter``.
+    """
+    if name in ("head.gate.bias", "head.scale", "head.shift"):
         return "gate"
     return "head" if name.startswith("head.") else "rows" if "trainable_tokens" in name else "adapter"
 
@@ -34,7 +37,7 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW without weight decay on float32 copies of the parameters; in bfloat16, small updates would be lost by rounding.
 
     Adapters in float32, the default of peft, would need no copies. On 2 cores with bfloat16 instructions, a training step of the
-    default run then takes 3.2 s instead of 2.4 s and stores 953 MB for the backward pass instead of 603 MB.
+    run ml-100k-ranknet then takes 3.2 s instead of 2.4 s and stores 953 MB for the backward pass instead of 603 MB.
 
     Parameters
     ----------

@@ -146,14 +146,16 @@ def listwise(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def match_loss(match: Tensor, met: Tensor, present: Tensor) -> Tensor:
-    """Binary cross-entropy of the log-odds `match` to the constraints met, mean over the constraints that are `present`.
+    """Binary cross-entropy of the log-odds `match` to the constraints met.
+
+    Mean over the constraints of each window that are `present`, then over the windows.
 
     Parameters
     ----------
     match, met
-        Log-odds and 0 or 1, both [..., n, K].
+        Log-odds and 0 or 1, both [windows, R, n, K].
     present
-        Whether a request has the constraint [..., n].
+        Whether a request has the constraint [windows, R, n], 0 or 1.
     """
     terms = F.binary_cross_entropy_with_logits(match, met, reduction="none").mean(-1) * present
-    return terms.sum() / present.sum().clamp(min=1)
+    return (terms.sum((1, 2)) / present.sum((1, 2)).clamp(min=1)).mean()

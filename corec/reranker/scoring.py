@@ -35,7 +35,7 @@ def load_examples(windows: pd.DataFrame, prepared: controls.Prepared, priors: Ma
     prepared
         Result of stage 03, which may keep only a sample of the windows.
     priors
-        Scores of the combiner [windows, K] by split (see :func:`corec.evidence.load_priors`).
+        Scores of the combiner [windows, K] by split (see :func:`corec.scores.load_evidence`); needed with ``reranker.prior``.
     """
     sampled = np.concatenate([pools.window for pools in prepared.pools.values()])
     rows = windows.set_index("window").loc[sampled, "history"]
@@ -84,7 +84,7 @@ def make_rows(
         shared = reranker.packs and reranker.params.request_position == "after"
         groups = [of_window] if shared else [[request] for request in of_window]
         made = (reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain) for group in groups)
-        prior = examples.prior.get(window) if reranker.params.prior else None
+        prior = examples.prior[window] if reranker.params.prior else None
         rows += [row._replace(prior=prior) for row in made]
     return rows
 

@@ -1,4 +1,4 @@
-"""Fine-tuning with RankNet on control scores."""
+"""Fine-tuning: batches, losses and the training loop."""
 
 import json
 import math
@@ -223,7 +223,7 @@ def train(
     stop_after: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
-    """Fine-tune with RankNet on control scores; resumes from the checkpoint in `folder`, if there is one.
+    """Fine-tune with the loss ``reranker.loss``; resumes from the checkpoint in `folder`, if there is one.
 
     Training starts from the initial parameters of :func:`corec.reranker.build`, even if the model was trained before, and ends
     after ``curriculum_steps + steps`` steps or after `max_minutes` (see :class:`Clock`). The function is long because its

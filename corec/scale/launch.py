@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from corec import CorecError, controls, data, machine, paths, profiles, reranker, stages
+from corec import CorecError, controls, data, machine, paths, profiles, reranker, scores, stages
 from corec.reranker import devices
 
 
@@ -67,7 +67,7 @@ def fine_tune(file: Path) -> None:
     stages.check(settings, "controls")
     accelerator = join()
     tables, prepared = data.load(settings.run), controls.load(settings.run)
-    examples = reranker.load_examples(tables.windows, prepared)
+    examples = reranker.load_examples(tables.windows, prepared, scores.load_evidence(settings.run))
     windows = min(settings.reranker.batch_size, len(prepared.pools["train"].window))
     devices.share(windows, accelerator.process_index, accelerator.num_processes)
     dtype = devices.agree(str(machine.resolve_dtype(settings.reranker.dtype)).removeprefix("torch."))  # the same on all
