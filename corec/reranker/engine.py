@@ -29,7 +29,7 @@ class Prefix:
 
 
 def merge(reranker: Reranker) -> Reranker:
-    """Merge the adapter into the weights of the backbone, in place, for scoring only.
+    """Merge the adapter, if there is one, into the weights of the backbone, in place, and fuse its layers, for scoring only.
 
     Merging removes two small products and an addition from each of the seven projections of a layer, and allows fused layers
     for Llama-like architectures (see :mod:`corec.reranker.fused`). In bfloat16 the merged weights are rounded, which changes
@@ -37,11 +37,10 @@ def merge(reranker: Reranker) -> Reranker:
 
     Returns
     -------
-    A re-ranker with the merged model, or `reranker` itself if it has no adapter.
+    A re-ranker with the merged model.
     """
-    if not isinstance(reranker.model, PeftModel):
-        return reranker
-    model = reranker.model.merge_and_unload().eval()
+    model = reranker.model.merge_and_unload() if isinstance(reranker.model, PeftModel) else reranker.model
+    model.eval()
     return replace(reranker, model=model, fused=fuse(model) if reranker.packs else None)
 
 
