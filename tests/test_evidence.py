@@ -197,10 +197,21 @@ def test_scores_of_training_windows_are_out_of_fold() -> None:
 
 
 def test_too_few_windows_for_a_combiner_are_named() -> None:
-    parts = {split: made(30, seed) for seed, split in enumerate(("train", "valid", "test"))}
+    parts = {split: made(12, seed) for seed, split in enumerate(("train", "valid", "test"))}
     found, pools = ({split: part[place] for split, part in parts.items()} for place in (0, 1))
-    with pytest.raises(CorecError, match="evidence.combiner: only 30 training and 30 validation windows .* raise controls.k"):
-        evidence.combine(found, pools, np.arange(30), EvidenceParams(combiner="linear"), seed=0)
+    with pytest.raises(CorecError, match="evidence.combiner: only 12 training and 12 validation windows .* raise controls.k"):
+        evidence.combine(found, pools, np.arange(12), EvidenceParams(combiner="linear"), seed=0)
+
+
+def test_evidence_that_predicts_nothing_gives_no_prior(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {split: made(120, 0) for split in ("train", "valid", "test")}
+    found, pools = ({split: part[place] for split, part in parts.items()} for place in (0, 1))
+    # What predicts for the users of one fold predicts the opposite for those of the other.
+    found["train"].values[60:, :, 0] *= -1
+    found = {split: part._replace(names=["a"], values=part.values[..., :1]) for split, part in found.items()}
+    combined = evidence.combine(found, pools, np.repeat([0, 1], 60), EvidenceParams(combiner="linear", folds=2), seed=0)
+    assert "do not predict the next item of other users: the prior is 0" in capsys.readouterr().out
+    assert all((prior == 0).all() for prior in combined.priors.values())
 
 
 def test_ties_count_against_the_true_item() -> None:

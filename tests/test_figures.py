@@ -20,7 +20,7 @@ def table() -> pd.DataFrame:
         for n in (0, 1, 2, 3):
             for metric in ("ndcg", "cp"):
                 for tau in [pd.NA] if metric == "ndcg" else range(1, n + 1):
-                    value = 0.9 - 0.1 * place - 0.01 * n
+                    value = 0.9 - 0.05 * place - 0.01 * n
                     rows.append(
                         ("ml-100k", "random-candidate", 20, n, tau, model, 0, metric, 5, value, value - 0.05, value + 0.05, 300)
                     )

@@ -19,7 +19,7 @@ SMALL = {
     "run": "twice",
     "data": {"core": 1},
     "sasrec": {"hidden": 8, "max_length": 10, "epochs": 2, "top_k": 20},
-    "controls": {"k": 8, "n_tokens": [0, 1, 2], "train_truth": "any", "max_windows": {"train": 40, "valid": 8, "test": 8}},
+    "controls": {"k": 16, "n_tokens": [0, 1, 2], "train_truth": "any", "max_windows": {"train": 200, "valid": 40, "test": 8}},
     "reranker": {"steps": 2, "curriculum_steps": 1, "batch_size": 2, "requests_per_window": 4},
     "evaluation": {"bootstrap": 20, "ks": [1, 5]},
     "study": {"seeds": 1, "loss_seconds": 0.01, "readout_steps": 1, "order_minutes": 0.001},
@@ -48,7 +48,10 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
         stages.ancestors("figures")
     )
     pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
-    assert pictures == "efficiency.png fig6.png fig7.png fig8.png loss_curves.png orders.png readouts.png seed_curves.png".split()
+    assert (
+        pictures
+        == "efficiency.png fig6.png fig7.png fig8.png frontier.png loss_curves.png orders.png readouts.png seed_curves.png".split()
+    )
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
     assert "Warning" not in said, "no notebook prints a warning"
 

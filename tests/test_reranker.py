@@ -400,7 +400,7 @@ def test_want_of_memory_names_the_parameter(world: World, monkeypatch: pytest.Mo
     def refuse(*_: object) -> None:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(reranker.Reranker, "forward", refuse)
+    monkeypatch.setattr(reranker.Reranker, "parts", refuse)
     said = "the tensor is not allocated yet"
     with pytest.raises(RuntimeError, match="not allocated yet"):
         reranker.score(model, world.examples, world.pools, world.requests)

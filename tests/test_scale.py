@@ -132,9 +132,9 @@ module = devices.prepare(model, accelerator)
 layers = model.causal.base_model.layers
 assert len(layers) == 2 and all(isinstance(value, DTensor) for value in layers.parameters())
 rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
-scores = module(rows)
+parts, _ = module(rows)
 assert all(isinstance(value, DTensor) for value in layers.parameters()), "none is left whole by the forward pass"
-scores.sum().backward()
+(parts.relevance.sum() + parts.control.sum()).backward()
 assert all(isinstance(value, DTensor) for value in layers.parameters())
 launch.leave(accelerator)
 """

@@ -174,10 +174,10 @@ def combine(
     Raises
     ------
     CorecError
-        If fewer than 50 training windows, or no validation window, have their true next item in the pool.
+        If fewer than 20 training windows, or no validation window, have their true next item in the pool.
     """
     hit = {split: pools[split].truth >= 0 for split in ("train", "valid")}
-    if hit["train"].sum() < 50 or not hit["valid"].any() or len(set(users[hit["train"]])) < params.folds:
+    if hit["train"].sum() < 20 or not hit["valid"].any() or len(set(users[hit["train"]])) < params.folds:
         raise CorecError(
             f"Parameter evidence.combiner: only {int(hit['train'].sum())} training and {int(hit['valid'].sum())} validation "
             "windows have their true next item among the candidates: raise controls.k or data.held_back, or set it to 'none'."
@@ -202,10 +202,8 @@ def combine(
         raw["train"][scored] = model(evidence["train"].values[scored])
     slope = calibrated(raw["train"][hit["train"]], truth, seed)
     if slope <= 0:
-        raise CorecError(
-            f"Parameter evidence.combiner: the scores of {chosen!r} do not predict the next item of other users: raise "
-            "data.held_back for more training windows, or set evidence.combiner to 'none'."
-        )
+        print(f"the scores of {chosen!r} do not predict the next item of other users: the prior is 0", flush=True)
+        slope = 0.0
     priors = {split: (slope * (part - part.mean(axis=1, keepdims=True))).astype(np.float32) for split, part in raw.items()}
     return Combined(priors, table, pd.Series(weights, evidence["train"].names))
 

@@ -284,7 +284,14 @@ def zero_shot(items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParam
 
     The row of an attribute's token is the mean of the rows of its name, so the model reads the token as that name.
     """
-    plain = {"readout": "index", "request_position": "after", "values": "words", "control": "request", "prior": False}
+    plain = {
+        "readout": "index",
+        "request_position": "after",
+        "values": "words",
+        "control": "request",
+        "prior": False,
+        "loss": "ranknet",
+    }
     return build(items, vocabulary, params.model_copy(update=plain), seed=0, adapted=False)
 
 
