@@ -96,17 +96,19 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
     return figure
 
 
-def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
+def make(table: pd.DataFrame, k: int, folder: Path, suffix: str = "") -> list[Path]:
     """Draw Figures 6 to 8, each with a CSV file of its data; returns the files.
 
     Parameters
     ----------
     table
-        Results table, with the columns of :data:`corec.evaluation.COLUMNS`.
+        Results table of one protocol, with the columns of :data:`corec.evaluation.COLUMNS`.
     k
         Cut-off of the metrics.
     folder
         Folder of the files; created if missing.
+    suffix
+        End of the names of the files.
 
     Raises
     ------
@@ -128,7 +130,7 @@ def make(table: pd.DataFrame, k: int, folder: Path) -> list[Path]:
             ("fig8", figure8_table, figure8),
         ):
             rows = rows_of(table, k)
-            written += [folder / f"{name}.png", folder / f"{name}.csv"]
+            written += [folder / f"{name}{suffix}.png", folder / f"{name}{suffix}.csv"]
             rows.to_csv(written[-1], index=False, float_format="%.6g")
             figure = draw_it(rows, k)
             figure.savefig(written[-2], dpi=130)
@@ -163,7 +165,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 YES = {True: "yes", False: "no"}
-EXTRA = ("claims", "gaps", "frontier", "comparisons")  # further tables of stage 05
+EXTRA = ("claims", "gaps", "frontier", "comparisons", "signs")  # further tables of stage 05
 
 
 def signed(row: Any) -> str:
@@ -175,22 +177,33 @@ def signed(row: Any) -> str:
 def extra_sections(folder: Path, k: int) -> list[str]:
     """Sections of the results page from the tables :data:`EXTRA` in `folder`, as far as they exist."""
     found = {name: pd.read_csv(folder / f"{name}.csv") for name in EXTRA if (folder / f"{name}.csv").exists()}
+    for name in {"claims", "gaps"} & found.keys():  # tables of a run with one protocol may lack the column
+        found[name] = found[name].assign(protocol=found[name].get("protocol", found["frontier"]["protocol"].iloc[0]))
     lines: list[str] = []
 
     def add(heading: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         lines.extend(["", f"## {heading}", "", about, "", *markdown(header, rows)])
 
+    protocols = list(dict.fromkeys(found["claims"]["protocol"])) if "claims" in found else []
     if "claims" in found:
         about = f"Differences of CP@{k} and NDCG@{k} on the same users; intervals in brackets."
         rows = [
-            [row.claim, str(row.n_tokens), "" if math.isnan(row.strength) else f"{row.strength:g}", signed(row), YES[row.holds]]
+            [
+                row.claim,
+                f"`{row.protocol}`",
+                str(row.n_tokens),
+                "" if math.isnan(row.strength) else f"{row.strength:g}",
+                signed(row),
+                YES[row.holds],
+            ]
             for row in cells(found["claims"])
         ]
-        add("Claims", about, ["difference", "tokens", "strength", "value", "holds"], rows)
+        add("Claims", about, ["difference", "protocol", "tokens", "strength", "value", "holds"], rows)
     if "frontier" in found:
-        points = found["frontier"]
+        points = found["frontier"][found["frontier"]["protocol"] == protocols[0]]
         ours = points[(points["model"] == "corec") & (points["seed"].isna() | (points["seed"].nunique() == 1))]
-        both = ours.merge(found["gaps"][["n_tokens", "strength", "gap", "low", "high"]], on=["n_tokens", "strength"])
+        gaps = found["gaps"][found["gaps"]["protocol"] == protocols[0]]
+        both = ours.merge(gaps[["n_tokens", "strength", "gap", "low", "high"]], on=["n_tokens", "strength"])
         about = "COREC by strength; the last column is its NDCG minus that of the boost at the same CP, with its interval."
         rows = [
             [str(row.n_tokens), f"{row.strength:g}", f"{row.cp:.3f}", f"{row.ndcg:.3f}", signed(row)]
@@ -209,12 +222,41 @@ def extra_sections(folder: Path, k: int) -> list[str]:
             for row in cells(table[table["metric"] == "ndcg"])
         ]
         add("Comparisons", about, ["ranker", "tokens", "difference", "p", "users needed"], rows)
+    if "signs" in found:
+        rows = [
+            [row.sign, f"{row.number:.3g}", f"{row.threshold:g}", YES[row.found], row.meaning, row.remedy]
+            for row in cells(found["signs"])
+        ]
+        about = "Signs that the results do not mean what they seem to mean."
+        add("Diagnosis", about, ["sign", "number", "threshold", "found", "meaning", "remedy"], rows)
     return lines
 
 
 def cells(table: pd.DataFrame) -> Iterable[Any]:
     """Rows of a table as named tuples."""
     return table.itertuples()
+
+
+def of_protocol(table: pd.DataFrame, number: int) -> pd.DataFrame:
+    """Rows of a results table of one protocol, by its place in the table."""
+    return table[table["protocol"] == list(dict.fromkeys(table["protocol"]))[number]]
+
+
+def both_metrics(table: pd.DataFrame, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of a results table with CP@k (tau = n), and those with NDCG@k."""
+    control = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
+    return control, table[(table["metric"] == "ndcg") & (table["k"] == k)]
+
+
+def summary_table(table: pd.DataFrame, k: int, order: Sequence[str]) -> list[str]:
+    """CP@k and NDCG@k of all models by number of constraints, as a Markdown table."""
+    header, rows = [""], [[MODEL_NAMES[model]] for model in order]
+    for name, part in zip((f"CP@{k}", f"NDCG@{k}"), both_metrics(table, k), strict=True):
+        wide = part.pivot(index="model", columns="n_tokens", values="value")
+        header += [f"{name}, {n} token{'s' if int(str(n)) != 1 else ''}" for n in wide.columns]
+        for row, model in zip(rows, order, strict=True):
+            row += [f"{value:.3f}" for value in wide.loc[model]]
+    return markdown(header, rows)
 
 
 def results_page(
@@ -238,23 +280,19 @@ def results_page(
     folder
         Folder of further tables (see :func:`extra_sections`); None for none.
     """
+    others = [of_protocol(table, number) for number in range(1, table["protocol"].nunique())]
+    table = of_protocol(table, 0)
     order = [model for model in (*evaluation.MODELS, *evaluation.ALONE) if model in set(table["model"])]
     run = table.iloc[0]
     users = int(table["n_users"].max())
     about = f"{run['dataset']}, K = {run['K']}, protocol `{run['protocol']}`, {users} test users, seed {run['seed']}."
     lines = [f"# Results: {run['dataset']}", "", *([introduction, ""] if introduction else []), "## Summary", "", about, ""]
-    control = table[(table["metric"] == "cp") & (table["k"] == k) & (table["tau"] == table["n_tokens"])]
-    relevance = table[(table["metric"] == "ndcg") & (table["k"] == k)]
-    both = {
-        name: rows.pivot(index="model", columns="n_tokens", values="value")
-        for name, rows in ((f"CP@{k}", control), (f"NDCG@{k}", relevance))
-    }
-    header, rows = [""], [[MODEL_NAMES[model]] for model in order]
-    for name, wide in both.items():
-        header += [f"{name}, {n} token{'s' if int(str(n)) != 1 else ''}" for n in wide.columns]
-        for row, model in zip(rows, order, strict=True):
-            row += [f"{value:.3f}" for value in wide.loc[model]]
-    lines += [*markdown(header, rows), ""]
+    control, relevance = both_metrics(table, k)
+    lines += [*summary_table(table, k, order), ""]
+    for other in others:
+        protocol = other["protocol"].iloc[0]
+        about = f"The same model, candidates and users under requests of the protocol `{protocol}`."
+        lines += [f"## Summary, {protocol}", "", about, "", *summary_table(other, k, order), ""]
     for title, what, part in (
         (
             "Control precision",
@@ -307,7 +345,8 @@ def copy_extra(params: Params, folder: Path) -> list[Path]:
     if (folder / "frontier.csv").exists():
         written.append(folder / "frontier.png")
         with sns.axes_style("whitegrid"):
-            figure = frontier.draw(pd.read_csv(folder / "frontier.csv"), params.figures.k)
+            points = pd.read_csv(folder / "frontier.csv")
+            figure = frontier.draw(points[points["protocol"] == params.controls.protocol], params.figures.k)
             figure.savefig(written[-1], dpi=130)
             plt.close(figure)
     return written
@@ -328,7 +367,11 @@ def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> li
     folder = paths.figures_dir(params.run)
     record = stages.manifest(params, stages.ancestors("figures"))
     (folder / "manifest.json").unlink(missing_ok=True)
-    written = make(table, params.figures.k, folder)
+    written = make(of_protocol(table, 0), params.figures.k, folder)
+    for old in folder.glob("fig[678]-*"):
+        old.unlink()
+    for number, protocol in enumerate(list(dict.fromkeys(table["protocol"]))[1:], start=1):
+        written += make(of_protocol(table, number), params.figures.k, folder, f"-{protocol}")
     written += copy_extra(params, folder)
     written += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
     table.to_csv(written[-3], index=False, float_format="%.6g")

@@ -5,6 +5,7 @@ prior + c * strength * (constraints met), with c = ``reranker.control_logits``, 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -211,6 +212,22 @@ def without_tokens(ranked: Ranked, users: np.ndarray, k: int) -> dict[str, np.nd
         values = [evaluation.by_window(order, ranked.judged[0], [k])["ndcg", k, 0] for order in orders]
         found[model] = by_user(np.mean(values, axis=0)[:, None], users)[:, 0]
     return found
+
+
+class Report(NamedTuple):
+    """Frontier, gaps and claims under one protocol (see :func:`table`, :func:`gaps` and :func:`claims`)."""
+
+    frontier: pd.DataFrame
+    gaps: pd.DataFrame
+    claims: pd.DataFrame
+
+
+def report(ranked: Ranked, scores: Sequence[Scores], prior: np.ndarray, users: np.ndarray, params: Params) -> Report:
+    """Compute all tables of the frontier; each has a column ``protocol``. The parameters are those of :func:`sweep`."""
+    points = sweep(ranked, scores, prior, users, params)
+    found = claims(points, without_tokens(ranked, users, params.figures.k), params)
+    protocol = params.controls.protocol
+    return Report(table(points, params), gaps(points, params).assign(protocol=protocol), found.assign(protocol=protocol))
 
 
 def draw(frame: pd.DataFrame, k: int) -> Figure:

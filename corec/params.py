@@ -158,13 +158,17 @@ class MaxWindows(Model):
     test: int = Field(1000, ge=1)
 
 
+Protocol = Literal["oracle", "random-candidate", "catalogue"]
+
+
 class ControlsParams(Model):
     """Stage 03: attributes, candidates and requests."""
 
     scheme: str = "movielens"  # corec/schemes/<name>.yaml, or a YAML file; relative to the project's folder
     attributes: list[str] | None = None  # attributes under control; empty: all of the scheme
     # Source of the requested values: the target (the paper), another candidate, or the catalogue.
-    protocol: Literal["oracle", "random-candidate", "catalogue"] = "random-candidate"
+    protocol: Protocol = "random-candidate"
+    other_protocols: list[Protocol] = []  # the test windows are also scored and evaluated under requests of these
     k: int = Field(20, ge=2, le=50)  # candidates per window that are re-ranked
     n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # numbers of constraints per request, in training and evaluation
     # Training windows: all; those whose true next item was retrieved; or all, with a missing true item in place of the

@@ -6,6 +6,7 @@ of the cells is printed during execution.
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corec import CorecError, paths, profiles, stages
+
+SPINS = 20_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
 
 
 def run(path: Path, only: Sequence[str] | None = None) -> None:
@@ -34,6 +37,9 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in ("papermill", "nbclient", "traitlets"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+        print(f"GOMP_SPINCOUNT={SPINS}: waiting threads sleep soon, so that other programs slow the run less", flush=True)
     for stage, notebook in stages.NOTEBOOKS.items():
         if stage in (only or settings.stages):
             print(f"== {notebook}", flush=True)

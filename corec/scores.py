@@ -23,26 +23,37 @@ class Scores(NamedTuple):
         return self.prior + self.relevance + np.float32(strength) * self.control
 
 
-def save(scores: Mapping[tuple[str, str, int], Scores], prepared: Prepared, lengths: Sequence[int], folder: Path) -> Path:
-    """Write ``scores.parquet`` with columns ``split window n_tokens model seed prior relevance control``; returns the file.
+def save(scores: Mapping[tuple[str, str, int, str], Scores], prepared: Prepared, lengths: Sequence[int], folder: Path) -> Path:
+    """Write ``scores.parquet`` with columns ``protocol split window n_tokens model seed prior relevance control``.
 
     Parameters
     ----------
     scores
-        Scores by model, split and seed.
+        Scores by model, split, seed and protocol of the requests.
     prepared
         Result of stage 03, for the window numbers.
     lengths
         Number of constraints of each of the R requests.
     folder
         Folder of the file.
+
+    Returns
+    -------
+    The file.
     """
     parts = [
         pd.DataFrame(
-            {"split": split, "window": prepared.pools[split].window, "n_tokens": n, "model": model, "seed": seed}
+            {
+                "protocol": protocol,
+                "split": split,
+                "window": prepared.pools[split].window,
+                "n_tokens": n,
+                "model": model,
+                "seed": seed,
+            }
             | {name: list(part[:, r]) for name, part in values._asdict().items()}
         )
-        for (model, split, seed), values in scores.items()
+        for (model, split, seed, protocol), values in scores.items()
         for r, n in enumerate(lengths)
     ]
     path = folder / "scores.parquet"
@@ -50,8 +61,16 @@ def save(scores: Mapping[tuple[str, str, int], Scores], prepared: Prepared, leng
     return path
 
 
-def load(run: str) -> dict[tuple[str, str], list[Scores]]:
-    """Scores of a run by model and split, one entry per seed; the R requests are in the order of ``controls.n_tokens``.
+def load(run: str, protocol: str) -> dict[tuple[str, str], list[Scores]]:
+    """Scores of a run by model and split, one entry per seed.
+
+    Parameters
+    ----------
+    run
+        Name of the run.
+    protocol
+        Protocol of the requests: ``controls.protocol``, or one of ``controls.other_protocols`` (test windows only). The R
+        requests are in the order of ``controls.n_tokens``.
 
     Raises
     ------
@@ -60,6 +79,7 @@ def load(run: str) -> dict[tuple[str, str], list[Scores]]:
     """
     stages.require(run, "reranker")
     table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
+    table = table[table["protocol"] == protocol]
     found: dict[tuple[str, str], list[Scores]] = {}
     for (model, split, _), rows in table.groupby(["model", "split", "seed"], sort=False):
         by_length = [part for _, part in rows.groupby("n_tokens", sort=False)]

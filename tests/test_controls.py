@@ -257,3 +257,29 @@ def test_histories_that_are_too_short_end_in_a_sentence() -> None:
     found = pd.DataFrame({"window": [0, 1], "candidates": [[1, 2, 3]] * 2, "scores": [[3.0, 2.0, 1.0]] * 2})
     with pytest.raises(CorecError, match="no window in split 'train': .* lower data.window"):
         controls.prepare(windows, found, ITEMS, ControlsParams(k=3, n_tokens=[0, 1]), seed=0)
+
+
+def test_test_requests_of_other_protocols_are_kept(start_stages: Callable[[Params, str], stages.Stage]) -> None:
+    rng = np.random.default_rng(0)
+    rows = 60
+    windows = pd.DataFrame({"window": range(rows), "user": range(rows), "target": rng.integers(1, 7, rows),
+                            "history": [[1]] * rows, "split": np.repeat(["train", "valid", "test"], rows // 3)})  # fmt: skip
+    found = [rng.permutation(np.arange(1, 7))[:4] for _ in range(rows)]
+    frame = pd.DataFrame({"window": range(rows), "candidates": found, "scores": [np.arange(4, 0, -1.0)] * rows})
+    params = ControlsParams(k=4, n_tokens=[0, 1, 2], train_truth="any", other_protocols=["oracle", "catalogue"])
+    made = controls.prepare(windows, frame, ITEMS, params, seed=0)
+    assert set(made.others) == {(protocol, n) for protocol in ("oracle", "catalogue") for n in (0, 1, 2)}
+    plain = controls.prepare(windows, frame, ITEMS, params.model_copy(update={"other_protocols": []}), seed=0)
+    for key, request in plain.requests.items():
+        np.testing.assert_array_equal(made.requests[key], request)
+    pools = made.pools["test"]
+    truth = pools.candidates[np.arange(20), pools.truth]
+    for row in np.flatnonzero(pools.truth >= 0):
+        values = made.others["oracle", 2][row]
+        assert set(values[values >= 0]) <= set(made.vocabulary.values_of[truth[row]]), "the oracle asks for what the target has"
+    stage = start_stages(Params(run="r", controls=params, figures=FiguresParams(k=3)), "controls")
+    stage.finish(controls.save(made, windows, stage.folder))
+    again = controls.load("r")
+    assert set(again.others) == set(made.others)
+    for key, request in made.others.items():
+        np.testing.assert_array_equal(again.others[key], request)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from corec import CorecError, backbones, machine, reranker
 from corec.bench import engine as bench_engine
 from corec.bench import large as bench_large
+from corec.bench import neighbour
 from corec.bench.plain import reranker as plain_reranker
 from corec.reranker import engine, fused
 
@@ -245,3 +246,31 @@ def test_what_a_pass_keeps_for_the_gradient_is_counted_once() -> None:
     weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(1000, 4)
     assert bench_engine.kept_mb(lambda: (x @ weight) + (x @ weight), [weight]) == pytest.approx(0.016)
     assert bench_engine.kept_mb(lambda: ((x @ weight).exp() * 2).exp(), [weight]) == pytest.approx(3 * 0.016)
+
+
+def test_the_bench_of_a_busy_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside: list[bool] = []
+
+    def measured(variables: dict[str, str], steps: int) -> float:
+        """A step takes 2 s, five times that beside another process, three times with a limit of the spins."""
+        assert steps == 3
+        return (10.0 if not variables else 6.3) if beside else (2.0 if not variables else 2.1)
+
+    class Busy:
+        def __enter__(self) -> None:
+            beside.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            beside.clear()
+
+    monkeypatch.setattr(neighbour, "step_seconds", measured)
+    monkeypatch.setattr(neighbour, "busy_process", Busy)
+    found = {timing.name: timing for timing in neighbour.bench_neighbour(3, {"default": {}, "limited": {"GOMP_SPINCOUNT": "9"}})}
+    assert found["step_busy_default"].ratio == 5
+    assert found["busy_neighbour_slowdown"].ratio == pytest.approx(3) and found["spin_limit_cost"].ratio == pytest.approx(1.05)
+
+
+def test_a_busy_process_ends_with_its_measurement() -> None:
+    with neighbour.busy_process():
+        pass
+    assert list(neighbour.SETTINGS)[0] == "default" and neighbour.SETTINGS[list(neighbour.SETTINGS)[-1]]["GOMP_SPINCOUNT"] == "20000"

@@ -175,6 +175,12 @@ def test_comparisons_find_a_difference_and_miss_none_where_there_is_none(world: 
     assert found["n_users"].unique().tolist() == [400] and len(found) == 4
 
 
+def test_a_report_names_its_protocol(world: World) -> None:
+    report = frontier.report(world.rank(world.exact), [world.exact], world.prior, world.users, PARAMS)
+    assert all((table["protocol"] == "random-candidate").all() for table in report)
+    assert [len(table) for table in report] == [2 * (4 + 4 + 13 - 1), 8, 8]
+
+
 def test_the_frontier_is_drawn(world: World) -> None:
     points = frontier.sweep(world.rank(world.exact), [world.exact], world.prior, world.users, PARAMS)
     figure = frontier.draw(frontier.table(points, PARAMS), 3)

@@ -22,13 +22,14 @@ LAYERS = [
     ["reranker"],
     ["evaluation"],
     ["rankers"],
-    ["frontier"],
+    ["frontier", "diagnose"],
     ["figures"],
     ["pages"],
     ["scale"],
     ["studies"],
+    ["reproduce"],
     ["bench"],
-    ["reproduce", "__main__"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -206,14 +206,26 @@ def test_other_seeds_are_trained_on_the_same_windows(world: World, tmp_path: Pat
 def test_scores_are_read_as_they_were_written(world: World, start_stages: Any) -> None:
     settings = params(world).model_copy(update={"run": "r"})
     stage = start_stages(settings, "reranker")
-    made = {("corec", "test", seed): reranker.score_split(trained(world), world.examples, "test", [0, 1, 2]) for seed in (0, 1)}
+    rng = np.random.default_rng(0)
+    oracle = {("oracle", n): rng.permutation(world.prepared.requests["test", n]) for n in (0, 1, 2)}
+    world.examples = world.examples._replace(prepared=world.prepared._replace(others=oracle))
+    asked = settings.controls.model_copy(update={"other_protocols": ["oracle"]})
+    made = {}
+    for seed in (0, 1):
+        by_protocol = reranker.score_split(trained(world), world.examples, "test", asked)
+        made |= {("corec", "test", seed, protocol): part for protocol, part in by_protocol.items()}
     stage.finish([scores.save(made, world.prepared, [0, 1, 2], stage.folder)])
-    read = scores.load("r")
-    assert list(read) == [("corec", "test")] and len(read["corec", "test"]) == 2
-    for one, two in zip(read["corec", "test"], made.values(), strict=True):
-        for left, right in zip(one, two, strict=True):
-            np.testing.assert_array_equal(left, right)
-            assert left.dtype == np.float32
+    for protocol in ("random-candidate", "oracle"):
+        read = scores.load("r", protocol)
+        assert list(read) == [("corec", "test")] and len(read["corec", "test"]) == 2
+        for seed, one in enumerate(read["corec", "test"]):
+            for left, right in zip(one, made["corec", "test", seed, protocol], strict=True):
+                np.testing.assert_array_equal(left, right)
+                assert left.dtype == np.float32
+    alone = reranker.score(trained(world), world.examples, world.prepared.pools["test"], [oracle["oracle", n] for n in (0, 1, 2)])
+    np.testing.assert_allclose(made["corec", "test", 0, "oracle"].total(), alone, atol=1e-5)
+    assert world.examples.prepared.under("oracle").requests["test", 2] is oracle["oracle", 2]
+    assert world.examples.prepared.under("oracle").requests["valid", 2] is world.prepared.requests["valid", 2]
 
 
 def test_targets_for_ranknet_only() -> None:

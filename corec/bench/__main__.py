@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: ``python -m corec.bench`` with ``data``, ``sasrec``, ``engine`` or ``large``.
+"""Command line of the benchmarks: ``python -m corec.bench`` with ``data``, ``sasrec``, ``engine``, ``neighbour`` or ``large``.
 
 Prints one JSON object per line (``name value unit baseline ratio``; `ratio` compares the value with the named baseline), or a
 table with ``--table``; ``--csv`` also writes a CSV file as in ``figures/bench/``.
@@ -31,6 +31,10 @@ def measure(given: argparse.Namespace) -> Iterator[Timing]:
         from corec.bench.engine import bench_engine
 
         return bench_engine()
+    if given.command == "neighbour":
+        from corec.bench.neighbour import bench_neighbour
+
+        return bench_neighbour()
     from corec.bench.large import bench_large
 
     return bench_large()
@@ -57,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--no-pandas", action="store_true", help="leave out the comparison with pandas, which needs 10 GB")
     sasrec = commands.add_parser("sasrec", help="the retriever against a textbook version and bare matrix products")
     engine = commands.add_parser("engine", help="the re-ranker's engine against one request at a time")
+    neighbour = commands.add_parser("neighbour", help="a training step beside another busy process")
     large = commands.add_parser("large", help="the engine on Llama-3-8B's shape, random weights, on a GPU")
-    for command in (data, sasrec, engine, large):
+    for command in (data, sasrec, engine, neighbour, large):
         command.add_argument("--table", action="store_true", help="a table for people instead of JSON lines")
         command.add_argument("--csv", type=Path, help="also write the figures into this file once all are made")
     given = parser.parse_args(arguments)

@@ -12,6 +12,7 @@ import torch
 
 from corec import CorecError, controls, files
 from corec.controls import Pools, standardise
+from corec.params import ControlsParams
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
 from corec.scores import Scores
@@ -182,7 +183,42 @@ def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], 
     return gaps
 
 
-def score_split(reranker: Reranker, examples: Examples, split: str, lengths: Sequence[int]) -> Scores:
-    """Scores of the windows of a split, under one request of each of the R `lengths`."""
-    pools, requests = examples.prepared.pools[split], [examples.prepared.requests[split, n] for n in lengths]
-    return score_parts(reranker, examples, pools, requests, report=f"{reranker.params.readout}, {split}")
+def order_bias(reranker: Reranker, examples: Examples, pools: Pools, request: np.ndarray, shuffles: int = 8) -> float:
+    """Share of the variance of the scores that is due to the order of the candidates in the prompt.
+
+    The variance of a candidate's score over `shuffles` random orders, divided by the variance of all scores of its window; mean
+    over the windows. The prior, which does not depend on the order, is left out.
+
+    Parameters
+    ----------
+    reranker, examples
+        Model and histories.
+    pools, request
+        Windows, and one request for each [windows, n].
+    shuffles
+        Number of orders.
+    """
+    rng, windows = np.random.default_rng(0), np.arange(len(pools.window))[:, None]
+    found = np.empty((shuffles, *pools.candidates.shape))
+    for number in range(shuffles):
+        order = rng.random(pools.candidates.shape).argsort(axis=1)
+        shuffled = pools._replace(candidates=pools.candidates[windows, order])
+        parts = score_parts(reranker, examples, shuffled, [request])
+        found[number][windows, order] = (parts.relevance + parts.control)[:, 0]
+    whole = found.var(axis=(0, 2))
+    return float((found.var(axis=0).mean(axis=1) / np.maximum(whole, 1e-12)).mean())
+
+
+def score_split(reranker: Reranker, examples: Examples, split: str, params: ControlsParams) -> dict[str, Scores]:
+    """Scores of the windows of a split by protocol, under one request of each length in ``params.n_tokens``.
+
+    All requests of a window are scored in one pass. The test windows are also scored under `params.other_protocols`.
+    """
+    prepared, lengths = examples.prepared, params.n_tokens
+    asked = {params.protocol: [prepared.requests[split, n] for n in lengths]}
+    if split == "test":
+        asked |= {name: [prepared.others[name, n] for n in lengths] for name in params.other_protocols}
+    requests = [request for part in asked.values() for request in part]
+    found = score_parts(reranker, examples, prepared.pools[split], requests, report=f"{reranker.params.readout}, {split}")
+    parts = [slice(place * len(lengths), (place + 1) * len(lengths)) for place in range(len(asked))]
+    return {name: Scores(*(values[:, part] for values in found)) for name, part in zip(asked, parts, strict=True)}

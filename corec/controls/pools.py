@@ -6,17 +6,14 @@ method: r_i = sum_j 1[item i has c_j] + 1[i is the true next item]. The cost dep
 on the number of values, so thousands of brands cost no more than ten.
 """
 
-import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, files, paths, schemes, stages
+from corec import CorecError, schemes
 from corec.params import ControlsParams
 from corec.schemes import Attribute
 
@@ -245,13 +242,20 @@ class Prepared(NamedTuple):
     vocabulary: Vocabulary
     pools: dict[str, Pools]
     requests: dict[tuple[str, int], np.ndarray]
+    others: Mapping[tuple[str, int], np.ndarray] = {}  # test requests of ``other_protocols``, by protocol and length
+
+    def under(self, protocol: str) -> "Prepared":
+        """The same with the test requests of another protocol; unchanged for one that is not in `others`."""
+        requests = {("test", n): request for (name, n), request in self.others.items() if name == protocol}
+        return self._replace(requests=self.requests | requests)
 
 
 def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame, params: ControlsParams, seed: int) -> Prepared:
     """Make the pools of every split, and for every window one request of each length in `params.n_tokens`.
 
     A split with more windows than `params.max_windows` is sampled at random. Training windows are then filtered by
-    `params.train_truth`. `seed` sets samples, shuffles and requests.
+    `params.train_truth`. The test windows also get requests of `params.other_protocols`. `seed` sets samples, shuffles and
+    requests.
 
     Raises
     ------
@@ -281,7 +285,12 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
         for n in params.n_tokens:
             rng = np.random.default_rng([seed, number, n])
             requests[split, n] = draw_requests(pools[split], n, params.protocol, vocabulary, rng)
-    return Prepared(vocabulary, pools, requests)
+    others = {
+        (protocol, n): draw_requests(pools["test"], n, protocol, vocabulary, np.random.default_rng([seed, 2, n]))
+        for protocol in params.other_protocols
+        for n in params.n_tokens
+    }
+    return Prepared(vocabulary, pools, requests, others)
 
 
 def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
@@ -304,96 +313,3 @@ def pool_coverage(prepared: Prepared, split: str = "test") -> pd.DataFrame:
     return pd.DataFrame(
         rows, columns=["n_tokens", "matching", "empty", "truth_violates", *(f"meet_{least}" for least in range(1, longest + 1))]
     )
-
-
-CARD = """# Windows, pools, requests and control scores of a run of COREC
-
-Made by notebook 3 from {windows:,} windows; K = {k} candidates, requests of {lengths} constraints, protocol `{protocol}`.
-
-| column | |
-|---|---|
-| `window`, `user`, `target`, `history` | numbers; the true next item, and the items before it, oldest first |
-| `candidates` | K items that the retriever found, in shuffled order |
-| `retriever_rank`, `retriever_score` | of each candidate; rank 0 is the retriever's best |
-| `truth` | the place of the true next item among the candidates, -1 where it is not there |
-| `requests` | for each length the numbers of the requested values (`vocabulary.json` names them; -1 is met by no item) |
-| `control` | for each length the control score of each candidate: constraints met, plus one for the true next item |
-
-Items count from 1; their titles are in `../data/items.parquet`.
-"""
-
-
-def to_dataset(prepared: Prepared, windows: pd.DataFrame) -> datasets.DatasetDict:
-    """Convert windows, pools, requests and control scores of all splits to a typed data set (columns: see :data:`CARD`).
-
-    `prepared` is the result of :func:`prepare`, `windows` the table of stage 01.
-    """
-    whole, items = datasets.Value("int64"), datasets.List(datasets.Value("int64"))
-    features = datasets.Features(
-        {
-            **dict.fromkeys(("window", "user", "target"), whole),
-            **dict.fromkeys(("history", "candidates", "retriever_rank"), items),
-            "retriever_score": datasets.List(datasets.Value("float32")),
-            "truth": whole,
-            **dict.fromkeys(("requests", "control"), datasets.List(items)),
-        }
-    )
-    table, splits = windows.set_index("window"), {}
-    for split, pools in prepared.pools.items():
-        rows = table.loc[pools.window]
-        requests = [request for (part, _), request in prepared.requests.items() if part == split]
-        met = [matches(pools.candidates, request, prepared.vocabulary.values_of) for request in requests]
-        control = [control_scores(each, pools.is_truth()) for each in met]
-        columns = {name: list(rows[name]) for name in ("user", "target", "history")}
-        columns |= {name: list(values) for name, values in pools._asdict().items()}
-        columns |= {name: list(zip(*arrays, strict=True)) for name, arrays in (("requests", requests), ("control", control))}
-        splits[split] = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
-    return datasets.DatasetDict(splits)
-
-
-def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str = "") -> list[Path]:
-    """Write the vocabulary, and the rest as a ``DatasetDict`` (see :func:`to_dataset`), to `folder`; returns the files."""
-    vocabulary = prepared.vocabulary
-    lengths = list(dict.fromkeys(n for _, n in prepared.requests))
-    described = {
-        "attributes": [attribute.model_dump() for attribute in vocabulary.attributes],
-        "labels": vocabulary.labels,
-        "attribute_of": vocabulary.attribute_of.tolist(),
-        "names": [vocabulary.name(value) for value in range(len(vocabulary.labels))],
-        "n_tokens": lengths,
-    }
-    files.write_text(folder / "vocabulary.json", json.dumps(described))
-    np.save(folder / "values_of.npy", vocabulary.values_of)
-    dataset = to_dataset(prepared, windows)
-    part, target = folder / "dataset.part", folder / "dataset"
-    shutil.rmtree(part, ignore_errors=True)
-    datasets.disable_progress_bars()
-    try:
-        dataset.save_to_disk(part)
-    finally:
-        datasets.enable_progress_bars()
-    count, k = sum(map(len, dataset.values())), prepared.pools["train"].candidates.shape[1]
-    card = CARD.format(windows=count, k=k, lengths=", ".join(map(str, lengths)), protocol=protocol)
-    (part / "README.md").write_text(card)
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
-    return [folder / "vocabulary.json", folder / "values_of.npy", *sorted(target.glob("*/*.arrow"))]
-
-
-def load(run: str) -> Prepared:
-    """Load the result of stage 03 of a run (raises CorecError if it has not finished)."""
-    stages.require(run, "controls")
-    folder = paths.stage_dir(run, "controls")
-    described = json.loads((folder / "vocabulary.json").read_text())
-    attributes = tuple(Attribute.model_validate(entry) for entry in described["attributes"])
-    attribute_of = np.array(described["attribute_of"])
-    vocabulary = Vocabulary(attributes, tuple(described["labels"]), attribute_of, np.load(folder / "values_of.npy"))
-    pools, requests = {}, {}
-    for name, part in datasets.load_from_disk(folder / "dataset").items():
-        split = str(name)
-        pools[split] = Pools(*(np.array(part[column][:]) for column in Pools._fields))
-        pools[split] = pools[split]._replace(retriever_score=pools[split].retriever_score.astype(np.float32))
-        request_rows = part["requests"][:]
-        for place, n in enumerate(described["n_tokens"]):
-            requests[split, n] = np.array([row[place] for row in request_rows], dtype=int).reshape(len(request_rows), n)
-    return Prepared(vocabulary, pools, requests)

@@ -1,0 +1,33 @@
+"""Stage 03: attributes as control values, candidate pools, requests and control scores."""
+
+from corec.controls.pools import (
+    Pools,
+    Prepared,
+    Vocabulary,
+    build_vocabulary,
+    control_scores,
+    draw_requests,
+    make_pools,
+    matches,
+    pool_coverage,
+    prepare,
+    standardise,
+)
+from corec.controls.storage import load, save, to_dataset
+
+__all__ = [
+    "Pools",
+    "Prepared",
+    "Vocabulary",
+    "build_vocabulary",
+    "control_scores",
+    "draw_requests",
+    "load",
+    "make_pools",
+    "matches",
+    "pool_coverage",
+    "prepare",
+    "save",
+    "standardise",
+    "to_dataset",
+]
