@@ -273,4 +273,5 @@ def test_the_bench_of_a_busy_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_busy_process_ends_with_its_measurement() -> None:
     with neighbour.busy_process():
         pass
-    assert list(neighbour.SETTINGS)[0] == "default" and neighbour.SETTINGS[list(neighbour.SETTINGS)[-1]]["GOMP_SPINCOUNT"] == "20000"
+    names = list(neighbour.SETTINGS)
+    assert names[0] == "default" and neighbour.SETTINGS[names[-1]] == {"GOMP_SPINCOUNT": "20000"}

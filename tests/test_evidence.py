@@ -3,12 +3,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from corec import CorecError, controls, data, evidence, scores, stages
+from corec import CorecError, controls, data, evidence, sasrec, scores, stages
 from corec.data import Tables
+from corec.data.split import describe_items
 from corec.evidence import combiner, features
 from corec.evidence.text import title_embeddings
-from corec.params import ControlsParams, DataParams, EvidenceParams, MaxWindows, Params
+from corec.params import ControlsParams, DataParams, EvidenceParams, MaxWindows, Params, SasrecParams
 
 K = 6
 SETTINGS = EvidenceParams(combiner="linear", history=5, recent=3, folds=2)
@@ -143,6 +145,49 @@ def test_no_later_interaction_leaks_into_the_evidence(world: World, changed: lis
     old, new = (evidence.similarity_tables(t, world.prepared.vocabulary, SETTINGS) for t in (world.tables, tables))
     for name in ("cosine", "next"):
         np.testing.assert_array_equal(getattr(new, name), getattr(old, name))
+
+
+def marked(tables: Tables, splits: list[str]) -> pd.DataFrame:
+    """Interactions of which those of `splits` have another item and rating."""
+    interactions = tables.interactions.copy()
+    later = interactions["split"].isin(splits)
+    interactions.loc[later, "item"] = interactions.loc[later, "item"] % 50 + 1
+    interactions.loc[later, "rating"] = 99.0
+    return interactions
+
+
+def test_no_later_interaction_leaks_into_the_buckets(world: World) -> None:
+    columns = ["item_id", "title", "train_count", "popularity_rank", "mean_rating", "rating_std"]
+    catalogue = world.tables.catalogue.drop(columns="complete")
+    plain = world.tables.interactions
+    names = plain.drop_duplicates("item").set_index("item")["item_id"]
+    later = marked(world.tables, ["held-back", "valid", "test"]).assign(
+        item_id=lambda table: names.reindex(table["item"]).to_numpy()
+    )
+    one, two = (describe_items(catalogue, table).set_index("item")[columns] for table in (plain, later))
+    common = one.index.intersection(two.index)
+    pd.testing.assert_frame_equal(one.loc[common], two.loc[common])
+    tables = [
+        items.reset_index().merge(catalogue.drop(columns="title"), on="item_id") for items in (one.loc[common], two.loc[common])
+    ]
+    first, second = (controls.build_vocabulary(items.assign(item=range(1, len(items) + 1)), ControlsParams()) for items in tables)
+    np.testing.assert_array_equal(first.values_of, second.values_of)
+
+
+def test_no_test_interaction_leaks_into_the_candidates(world: World) -> None:
+    """The retriever is trained on ``train`` and selected on ``valid``; test interactions change no weight and no candidate."""
+    settings = SasrecParams(hidden=8, epochs=2, top_k=10, max_length=10)
+    tables, n_items = world.tables, len(world.tables.items)
+    found = []
+    for interactions in (tables.interactions, marked(tables, ["test"])):
+        trained = sasrec.train(interactions, tables.windows, n_items, settings, seed=0)
+        found.append((trained.model, sasrec.candidates(trained.model, interactions, tables.windows, settings)))
+    (one, first), (two, second) = found
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value)
+    best = (first, second)
+    np.testing.assert_array_equal(np.stack(list(best[0]["candidates"])), np.stack(list(best[1]["candidates"])))
+    np.testing.assert_array_equal(np.stack(list(best[0]["scores"])), np.stack(list(best[1]["scores"])))
 
 
 def test_statistics_of_the_items_end_before_the_held_back_interactions(world: World) -> None:
