@@ -153,7 +153,12 @@ def bench_sections(folder: Path) -> Iterator[Section]:
         yield "Training of SASRec step by step", ["`python -m corec.bench sasrec`", "", *ladder_table(folder / "sasrec.csv")]
         lines = [line for line in bench_table(folder / "sasrec.csv") if "ladder_" not in line]
         yield "SASRec", ["`python -m corec.bench sasrec`", "", *lines]
-    for name, heading in (("engine", "Engine"), ("engine-amx", "Engine on a Xeon with AMX"), ("neighbour", "A busy neighbour"), ("large", "Large")):
+    for name, heading in (
+        ("engine", "Engine"),
+        ("engine-amx", "Engine on a Xeon with AMX"),
+        ("neighbour", "A busy neighbour"),
+        ("large", "Large"),
+    ):
         if (folder / f"{name}.csv").exists():
             yield heading, [f"`python -m corec.bench {name.split('-')[0]}`", "", *bench_table(folder / f"{name}.csv")]
 

@@ -158,6 +158,7 @@ class MaxWindows(Model):
     test: int = Field(1000, ge=1)
 
 
+Source = Literal["sasrec", "next", "cosine", "text", "popularity"]
 Protocol = Literal["oracle", "random-candidate", "catalogue"]
 
 
@@ -170,6 +171,8 @@ class ControlsParams(Model):
     protocol: Protocol = "random-candidate"
     other_protocols: list[Protocol] = []  # the test windows are also scored and evaluated under requests of these
     k: int = Field(20, ge=2, le=50)  # candidates per window that are re-ranked
+    # Sources of the candidates; several are merged by a combiner (corec.evidence.pools). `text` needs evidence.text.
+    pool: list[Source] = ["sasrec"]
     n_tokens: list[NonNegativeInt] = [0, 1, 2, 3]  # numbers of constraints per request, in training and evaluation
     # Training windows: all; those whose true next item was retrieved; or all, with a missing true item in place of the
     # last candidate (from which the model learns that unlikely items are true).
@@ -351,6 +354,15 @@ class Params(Model):
                 "parameter 'reranker.prior' needs the scores of a combiner: set evidence.combiner to 'linear', 'lambdarank' or "
                 "'best'."
             )
+        if (wide := self.controls.pool != ["sasrec"]) and len(set(self.controls.pool)) != len(self.controls.pool):
+            raise ValueError(f"parameter 'controls.pool' is {self.controls.pool}: list each source once.")
+        if wide and (not self.controls.pool or self.evidence.combiner == "none"):
+            raise ValueError(
+                "parameter 'controls.pool' lists sources that are merged by evidence: list at least one, and set "
+                "evidence.combiner to 'linear', 'lambdarank' or 'best'."
+            )
+        if "text" in self.controls.pool and self.evidence.text is None:
+            raise ValueError("parameter 'controls.pool' lists 'text': set evidence.text to a language model, or leave it out.")
         if self.evidence.combiner != "none" and not self.data.held_back:
             raise ValueError(
                 "parameter 'evidence.combiner' needs training windows that no statistic has seen: set data.held_back to 4 or "

@@ -290,7 +290,8 @@ def test_evidence_is_read_as_it_was_written(world: World) -> None:
     for name in ("data", "sasrec"):
         stages.start(params, name).finish()
     stage = stages.start(params, "controls")
-    found, combined = evidence.make(world.tables, world.prepared, params)
+    similar = evidence.similarities_of(world.tables, world.prepared.vocabulary, params)
+    found, combined = evidence.make(world.tables, world.prepared, similar, params)
     stage.finish([evidence.save(found, world.prepared.pools, combined.priors, stage.folder)])
     for split, prior in scores.load_evidence("r").items():
         np.testing.assert_array_equal(prior, combined.priors[split])

@@ -72,6 +72,6 @@ def bench_neighbour(steps: int = 4, settings: dict[str, dict[str, str]] | None =
             beside[name] = step_seconds(variables, steps)
         yield Timing(f"step_alone_{name}", alone[name], "s")
         yield Timing(f"step_busy_{name}", beside[name], "s", "alone", beside[name] / alone[name])
-    first, chosen = list(settings)[0], list(settings)[-1]
+    first, *_, chosen = settings
     yield Timing("busy_neighbour_slowdown", beside[chosen], "s", f"alone, {alone[chosen]:.3g} s", beside[chosen] / alone[chosen])
     yield Timing("spin_limit_cost", alone[chosen], "s", f"no limit, {alone[first]:.3g} s", alone[chosen] / alone[first])

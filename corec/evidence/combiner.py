@@ -42,27 +42,29 @@ def ndcg(scores: np.ndarray, truth: np.ndarray, k: int = 5) -> np.ndarray:
     return np.where((truth >= 0) & (rank <= k), 1 / np.log2(1 + rank), 0.0)
 
 
-def pair_differences(values: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pair_differences(values: np.ndarray, truth: np.ndarray, real: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Differences of the evidence of the true item and of each other candidate, with alternating sign, and the signs.
 
-    `values` is [windows, K, names]; `truth` is the place of the true item, which must be in the pool.
+    `values` is [windows, K, names]; `truth` is the place of the true item, which must be in the pool; `real` [windows, K] is
+    false for padding.
     """
     rows = np.arange(len(values))
     others = np.arange(values.shape[1]) != truth[:, None]
+    others = others if real is None else others & real
     differences = (values[rows, truth][:, None] - values)[others]  # [windows * (K - 1), names]
     signs = np.where(np.arange(len(differences)) % 2, 1, -1)
     return differences * signs[:, None], signs
 
 
-def fit_linear(values: np.ndarray, truth: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray]:
-    """Fit the pairwise logistic regression; returns the scorer and the weights of the standardised evidence."""
+def fit_linear(values: np.ndarray, truth: np.ndarray, seed: int, real: np.ndarray | None = None) -> tuple[Scorer, np.ndarray]:
+    """Fit the pairwise logistic regression (see :func:`pair_differences`); returns the scorer and the standardised weights."""
     scaler = StandardScaler().fit(values.reshape(-1, values.shape[-1]))
 
     def scaled(part: np.ndarray) -> np.ndarray:
         return scaler.transform(part.reshape(-1, part.shape[-1])).clip(-6, 6).reshape(part.shape)
 
     model = LogisticRegression(fit_intercept=False, random_state=seed, max_iter=1000)
-    weights = model.fit(*pair_differences(scaled(values), truth)).coef_[0]
+    weights = model.fit(*pair_differences(scaled(values), truth, real)).coef_[0]
     return (lambda part: scaled(part) @ weights), weights
 
 
