@@ -180,8 +180,13 @@ class ControlsParams(Model):
     max_windows: MaxWindows = MaxWindows()
 
     @model_validator(mode="after")
-    def _lengths_differ(self) -> Self:
+    def _entries_differ(self) -> Self:
         lengths = self.n_tokens
+        if self.protocol in self.other_protocols or len(set(self.other_protocols)) < len(self.other_protocols):
+            raise ValueError(
+                f"parameter 'controls.other_protocols' is {self.other_protocols}: list each protocol once, without that of "
+                f"controls.protocol ({self.protocol})."
+            )
         if sorted(set(lengths)) != sorted(lengths) or 0 not in lengths or len(lengths) < 2:
             raise ValueError(
                 f"parameter 'controls.n_tokens' is {lengths}: list 0 (no request) and at least one other number, each once."

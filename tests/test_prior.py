@@ -242,6 +242,10 @@ def test_targets_for_ranknet_only() -> None:
         ({"evidence": {"combiner": "best"}}, "needs training windows that no statistic has seen: set data.held_back"),
         ({"evaluation": {"strengths": [0, 1, 0.5]}}, "'evaluation.strengths' is .* list numbers in ascending order"),
         ({"evaluation": {"strengths": []}}, "'evaluation.strengths'"),
+        (
+            {"controls": {"other_protocols": ["random-candidate"]}},
+            "'controls.other_protocols' .* without that of controls.protocol",
+        ),
     ],
 )
 def test_parameters_that_do_not_go_together(changes: dict[str, Any], sentence: str) -> None:

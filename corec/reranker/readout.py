@@ -3,11 +3,11 @@
 - ``index``: the logit of the index token of candidate i at the answer position (the paper's read-out).
 - ``candidate``: w · h_i, where h_i is the state of candidate i's line, which attends to the request.
 - ``late``: w · h_i + control(h_i, g), where g is the state of the request, which follows the candidates. The control term is
-  (P h_i) · (Q g) / sqrt(width), or, with ``control: constraints``, c * sum_j sigmoid(a (P h_i) · (Q g_j) / sqrt(width) + b) over
-  the states g_j of the constraints, with c = ``control_logits`` and learned a and b: each summand is the probability that the
-  candidate meets the constraint.
+  (P h_i) · (Q g) / sqrt(width), or, with ``control: constraints``, c * sum_j sigmoid(a_1 (P h_i) · (Q g_j) / sqrt(width) + a_0)
+  over the states g_j of the constraints, with c = ``control_logits`` and learned a_1 and a_0: each summand is the probability
+  that the candidate meets the constraint.
 
-With a prior p_i, the score is s_i = beta(g) p_i + w · h_i + strength * control_i, where the gate beta(g) = 1 + v · g starts at 1.
+With a prior p_i, the score is s_i = beta(g) p_i + w · h_i + strength * control_i; the gate beta(g) = beta_0 + v · g starts at 1.
 ``candidate`` and ``late`` are not in the paper; they were added for small backbones.
 """
 
