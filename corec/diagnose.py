@@ -105,7 +105,7 @@ def diagnose(
     -------
     Columns ``sign number threshold found meaning remedy``; `found` is true if the number is beyond the threshold.
     """
-    coverage = controls.pool_coverage(prepared).set_index("n_tokens").loc[max(params.controls.n_tokens)]
+    coverage = controls.pool_coverage(prepared).sort_values("n_tokens").iloc[-1].astype(float)  # of the longest request
     hit = facts.get("hit", {})
     numbers = {
         "low pool coverage": float(coverage["matching"]),

@@ -23,6 +23,7 @@ def signs(world: World, own: Scores | None = None, facts: dict[str, Any] | None 
 def asking(world: World, requests: np.ndarray) -> World:
     """The same world with other requests of two constraints."""
     world.prepared = world.prepared._replace(requests=world.prepared.requests | {("test", 2): requests})
+    world.control[:, 2] = 8 * controls.matches(world.pools.candidates, requests, world.values_of).sum(axis=2)
     return world
 
 

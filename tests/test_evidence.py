@@ -159,10 +159,10 @@ def marked(tables: Tables, splits: list[str]) -> pd.DataFrame:
 def test_no_later_interaction_leaks_into_the_buckets(world: World) -> None:
     columns = ["item_id", "title", "train_count", "popularity_rank", "mean_rating", "rating_std"]
     catalogue = world.tables.catalogue.drop(columns="complete")
-    plain = world.tables.interactions
-    names = plain.drop_duplicates("item").set_index("item")["item_id"]
-    later = marked(world.tables, ["held-back", "valid", "test"]).assign(
-        item_id=lambda table: names.reindex(table["item"]).to_numpy()
+    names = world.tables.items.set_index("item")["item_id"]
+    plain, later = (
+        table.assign(item_id=names[table["item"]].to_numpy())
+        for table in (world.tables.interactions, marked(world.tables, ["held-back", "valid", "test"]))
     )
     one, two = (describe_items(catalogue, table).set_index("item")[columns] for table in (plain, later))
     common = one.index.intersection(two.index)

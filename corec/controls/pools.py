@@ -285,7 +285,7 @@ def prepare(windows: pd.DataFrame, candidates: pd.DataFrame, items: pd.DataFrame
         for n in params.n_tokens:
             rng = np.random.default_rng([seed, number, n])
             requests[split, n] = draw_requests(pools[split], n, params.protocol, vocabulary, rng)
-    others = {
+    others: dict[tuple[str, int], np.ndarray] = {
         (protocol, n): draw_requests(pools["test"], n, protocol, vocabulary, np.random.default_rng([seed, 2, n]))
         for protocol in params.other_protocols
         for n in params.n_tokens

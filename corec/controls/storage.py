@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -70,7 +71,8 @@ def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str 
     }
     files.write_text(folder / "vocabulary.json", json.dumps(described))
     np.save(folder / "values_of.npy", vocabulary.values_of)
-    np.savez(folder / "other_requests.npz", **{f"{name} {n}": request for (name, n), request in prepared.others.items()})
+    others: dict[str, Any] = {f"{name} {n}": request for (name, n), request in prepared.others.items()}
+    np.savez(folder / "other_requests.npz", **others)
     dataset = to_dataset(prepared, windows)
     part, target = folder / "dataset.part", folder / "dataset"
     shutil.rmtree(part, ignore_errors=True)

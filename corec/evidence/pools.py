@@ -113,7 +113,7 @@ def propose(
     for start in range(0, len(windows), batch):
         part = slice(start, start + batch)
         seen = [items[user][:position] for user, position in zip(owners[part], positions[part], strict=True)]
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for source in params.controls.pool:
             if source == "sasrec":
                 found[source] = retrieved[part, :k]

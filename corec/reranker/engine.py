@@ -37,11 +37,15 @@ def merge(reranker: Reranker) -> Reranker:
 
     Returns
     -------
-    A re-ranker with the merged model.
+    A re-ranker with the merged model, or `reranker` itself if there is nothing to merge or to fuse.
     """
-    model = reranker.model.merge_and_unload() if isinstance(reranker.model, PeftModel) else reranker.model
+    adapted = isinstance(reranker.model, PeftModel)
+    if not adapted and reranker.fused is not None:
+        return reranker
+    model = reranker.model.merge_and_unload() if adapted else reranker.model
     model.eval()
-    return replace(reranker, model=model, fused=fuse(model) if reranker.packs else None)
+    fused = fuse(model) if reranker.packs else None
+    return replace(reranker, model=model, fused=fused) if adapted or fused is not None else reranker
 
 
 @torch.inference_mode()
