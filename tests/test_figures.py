@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from test_frontier import PARAMS, World
 
-from corec import CorecError, evaluation, figures, files, stages
+from corec import CorecError, diagnose, evaluation, figures, files, frontier, stages
 from corec.params import Params
 
 matplotlib.use("Agg")
@@ -73,3 +74,34 @@ def test_a_results_table_without_a_column(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("dataset,k,tau\na,5,1\n")
     with pytest.raises(CorecError, match="no column 'protocol'"):
         evaluation.read(tmp_path / "metrics.csv")
+
+
+def test_each_protocol_has_figures_and_a_summary(table: pd.DataFrame) -> None:
+    params = Params(run="r")
+    for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
+        stages.start(params, stage).finish()
+    both = pd.concat([table, table.assign(protocol="oracle", value=table["value"] / 2)], ignore_index=True)
+    written = {path.name: path for path in figures.publish(both, params, {})}
+    assert {f"fig{number}-oracle.{kind}" for number in (6, 7, 8) for kind in ("png", "csv")} <= set(written)
+    other = pd.read_csv(written["fig8-oracle.csv"])
+    assert set(other["protocol"]) == {"oracle"} and set(pd.read_csv(written["fig8.csv"])["protocol"]) == {"random-candidate"}
+    page = written["results.md"].read_text()
+    assert "## Summary, oracle" in page and page.count("| **COREC** |") == 2
+    figures.publish(table, params, {})
+    assert not list(written["fig8.csv"].parent.glob("*oracle*")), "figures of a protocol that is no longer evaluated are removed"
+
+
+def test_sections_of_the_frontier(tmp_path: Path) -> None:
+    world = World()
+    ranked = world.rank(world.exact)
+    report = frontier.report(ranked, [world.exact], world.prior, world.users, PARAMS)
+    for name, frame in report._asdict().items():
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    signs = diagnose.diagnose(world.prepared, ranked, [world.exact], world.users, PARAMS, {"order_bias": 0.5})
+    signs.to_csv(tmp_path / "signs.csv", index=False)
+    page = "\n".join(figures.extra_sections(tmp_path, 3))
+    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## Claims", "## Frontier", "## Diagnosis"]
+    assert page.count("| 2 | ") >= 4 and "order of the candidates matters | 0.5 | 0.1 | yes" in page
+    assert figures.extra_sections(tmp_path / "none", 3) == []
+    report.claims.drop(columns="protocol").to_csv(tmp_path / "claims.csv", index=False)
+    assert "\n".join(figures.extra_sections(tmp_path, 3)) == page, "a table of one protocol may lack the column"
