@@ -15,7 +15,7 @@ from pathlib import Path
 
 from corec import CorecError, paths, profiles, stages
 
-SPINS = 20_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
+SPINS = 5_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
 
 
 def run(path: Path, only: Sequence[str] | None = None) -> None:

@@ -274,4 +274,4 @@ def test_a_busy_process_ends_with_its_measurement() -> None:
     with neighbour.busy_process():
         pass
     names = list(neighbour.SETTINGS)
-    assert names[0] == "default" and neighbour.SETTINGS[names[-1]] == {"GOMP_SPINCOUNT": "20000"}
+    assert names[0] == "default" and neighbour.SETTINGS[names[-1]] == {"GOMP_SPINCOUNT": "5000"}
