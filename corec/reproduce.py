@@ -37,6 +37,7 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in ("papermill", "nbclient", "traitlets"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs the trace of a kernel that ends while it is interrupted
     if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         print(f"GOMP_SPINCOUNT={SPINS}: waiting threads sleep soon, so that other programs slow the run less", flush=True)
