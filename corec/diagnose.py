@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from corec import controls, evaluation
-from corec.controls import Prepared, standardise
+from corec.controls import Prepared
 from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.rankers import Ranked
-from corec.scores import Scores
+from corec.scores import Scores, score_gap
 
 
 class Sign(NamedTuple):
@@ -67,8 +67,10 @@ def token_gap(scores: Scores, prepared: Prepared, params: Params) -> float:
     n = max(params.controls.n_tokens)
     pools, request = prepared.pools["test"], prepared.requests["test", n]
     met = controls.matches(pools.candidates, request, prepared.vocabulary.values_of).all(axis=2)
-    values = standardise(scores.total()[:, params.controls.n_tokens.index(n)])
-    return float(values[met].mean() - values[~met].mean()) if met.any() and not met.all() else float("nan")
+    if met.all() or not met.any():
+        return float("nan")
+    total = scores.total()[:, [params.controls.n_tokens.index(n)]]
+    return score_gap(total, pools, [request], prepared.vocabulary.values_of)[0]
 
 
 def leak(ranked: Ranked, users: np.ndarray, params: Params) -> float:

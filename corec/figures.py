@@ -168,9 +168,8 @@ YES = {True: "yes", False: "no"}
 EXTRA = ("claims", "gaps", "frontier", "comparisons", "signs")  # further tables of stage 05
 
 
-def signed(row: Any) -> str:
-    """Format a difference with its interval."""
-    value = row.difference if hasattr(row, "difference") else row.gap if hasattr(row, "gap") else row.value
+def signed(value: float, row: Any) -> str:
+    """Format a difference with its interval, the fields `low` and `high` of `row`."""
     return f"{value:+.4f} [{row.low:+.4f}, {row.high:+.4f}]"
 
 
@@ -193,7 +192,7 @@ def extra_sections(folder: Path, k: int) -> list[str]:
                 f"`{row.protocol}`",
                 str(row.n_tokens),
                 "" if math.isnan(row.strength) else f"{row.strength:g}",
-                signed(row),
+                signed(row.value, row),
                 YES[row.holds],
             ]
             for row in cells(found["claims"])
@@ -201,12 +200,12 @@ def extra_sections(folder: Path, k: int) -> list[str]:
         add("Claims", about, ["difference", "protocol", "tokens", "strength", "value", "holds"], rows)
     if "frontier" in found:
         points = found["frontier"][found["frontier"]["protocol"] == protocols[0]]
-        ours = points[(points["model"] == "corec") & (points["seed"].isna() | (points["seed"].nunique() == 1))]
+        ours = points[(points["model"] == "corec") & frontier.whole_points(points)]
         gaps = found["gaps"][found["gaps"]["protocol"] == protocols[0]]
         both = ours.merge(gaps[["n_tokens", "strength", "gap", "low", "high"]], on=["n_tokens", "strength"])
         about = "COREC by strength; the last column is its NDCG minus that of the boost at the same CP, with its interval."
         rows = [
-            [str(row.n_tokens), f"{row.strength:g}", f"{row.cp:.3f}", f"{row.ndcg:.3f}", signed(row)]
+            [str(row.n_tokens), f"{row.strength:g}", f"{row.cp:.3f}", f"{row.ndcg:.3f}", signed(row.gap, row)]
             for row in cells(both.sort_values(["n_tokens", "strength"]))
         ]
         add("Frontier", about, ["tokens", "strength", f"CP@{k}", f"NDCG@{k}", "NDCG above the boost"], rows)
@@ -218,7 +217,7 @@ def extra_sections(folder: Path, k: int) -> list[str]:
             "of 0.01."
         )
         rows = [
-            [row.other, str(row.n_tokens), signed(row), f"{row.p_holm:.2g}", f"{row.users_for_001:,}"]
+            [row.other, str(row.n_tokens), signed(row.difference, row), f"{row.p_holm:.2g}", f"{row.users_for_001:,}"]
             for row in cells(table[table["metric"] == "ndcg"])
         ]
         add("Comparisons", about, ["ranker", "tokens", "difference", "p", "users needed"], rows)

@@ -230,11 +230,16 @@ def report(ranked: Ranked, scores: Sequence[Scores], prior: np.ndarray, users: n
     return Report(table(points, params), gaps(points, params).assign(protocol=protocol), found.assign(protocol=protocol))
 
 
+def whole_points(frame: pd.DataFrame) -> pd.Series:
+    """Rows of a result of :func:`table` that are not of one of several trainings."""
+    return frame["seed"].isna() | frame["model"].ne("corec") | (frame["seed"].nunique() == 1)
+
+
 def draw(frame: pd.DataFrame, k: int) -> Figure:
     """Plot the result of :func:`table`: one panel per number of constraints, CP against NDCG, with intervals at every point."""
     lengths = sorted(frame["n_tokens"].unique())
     figure, axes = plt.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.8), layout="constrained", squeeze=False)
-    whole = frame[frame["seed"].isna() | ~frame["model"].eq("corec") | (frame["seed"].nunique() == 1)]
+    whole = frame[whole_points(frame)]
     for axis, n in zip(axes[0], lengths, strict=True):
         rows = whole[whole["n_tokens"] == n]
         for model, colour in (("boost", "0.45"), ("corec", "tab:blue")):

@@ -56,7 +56,6 @@ def without_model(pools: Pools, judged: Judged, given: Inputs, logits: float) ->
     logits
         Weight of a constraint in ``boost``.
     """
-    k = pools.candidates.shape[1]
     filtered = evaluation.hard_filter_order(pools, judged.met)
     orders = {
         "popularity": order_by(given.popularity),
@@ -70,10 +69,10 @@ def without_model(pools: Pools, judged: Judged, given: Inputs, logits: float) ->
     prior = standardise(pools.retriever_score) if given.prior is None else given.prior
     orders["boost"] = order_by(boost(prior, judged.met, logits))
     if given.prior is not None:
-        place = order_by(given.prior).argsort(axis=1)
-        orders["combiner"] = order_by(given.prior)
-        orders["hard-filter+combiner"] = order_by(judged.met.all(axis=2) * k - place)
-        orders["rule+combiner"] = order_by(judged.met.sum(axis=2) * k - place)
+        combined = pools._replace(retriever_rank=order_by(given.prior).argsort(axis=1))
+        orders["combiner"] = evaluation.retriever_order(combined)
+        orders["hard-filter+combiner"] = evaluation.hard_filter_order(combined, judged.met)
+        orders["rule+combiner"] = evaluation.rule_order(combined, judged.met)
     return orders
 
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pyarrow import parquet
 
-from corec import paths, stages
-from corec.controls import Prepared
+from corec import controls, paths, stages
+from corec.controls import Pools, Prepared, standardise
 
 
 class Scores(NamedTuple):
@@ -78,14 +79,41 @@ def load(run: str, protocol: str) -> dict[tuple[str, str], list[Scores]]:
         If stage 04 has not finished.
     """
     stages.require(run, "reranker")
-    table = pd.read_parquet(paths.stage_dir(run, "reranker") / "scores.parquet")
-    table = table[table["protocol"] == protocol]
+    file = paths.stage_dir(run, "reranker") / "scores.parquet"
+    table = pd.read_parquet(file, filters=[("protocol", "==", protocol)])
     found: dict[tuple[str, str], list[Scores]] = {}
     for (model, split, _), rows in table.groupby(["model", "split", "seed"], sort=False):
         by_length = [part for _, part in rows.groupby("n_tokens", sort=False)]
         parts = [np.stack([np.stack(list(part[name])) for part in by_length], axis=1) for name in Scores._fields]
         found.setdefault((str(model), str(split)), []).append(Scores(*parts))
     return found
+
+
+def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], values_of: np.ndarray) -> dict[int, float]:
+    """Mean standardised score of the candidates that meet all constraints of a request, minus that of the others.
+
+    Parameters
+    ----------
+    scores
+        [windows, R, K].
+    pools
+        Windows and their candidates.
+    requests
+        R arrays [windows, n].
+    values_of
+        Value ids of each item [items + 1, slots], from the vocabulary.
+
+    Returns
+    -------
+    Difference by index of the request; empty requests are omitted.
+    """
+    gaps = {}
+    for place, request in enumerate(requests):
+        if request.shape[1]:
+            met = controls.matches(pools.candidates, request, values_of).all(axis=2)
+            values = standardise(scores[:, place])
+            gaps[place] = float(values[met].mean() - values[~met].mean())
+    return gaps
 
 
 def load_evidence(run: str, column: str = "prior") -> dict[str, np.ndarray]:
@@ -98,7 +126,7 @@ def load_evidence(run: str, column: str = "prior") -> dict[str, np.ndarray]:
     """
     stages.require(run, "controls")
     path = paths.stage_dir(run, "controls") / "evidence.parquet"
-    table = pd.read_parquet(path) if path.exists() else pd.DataFrame()
-    if column not in table:
+    if not path.exists() or column not in parquet.read_schema(path).names:
         return {}
+    table = pd.read_parquet(path, columns=["split", column])
     return {str(split): np.stack(list(part[column])) for split, part in table.groupby("split", sort=False)}

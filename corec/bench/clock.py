@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -16,7 +17,7 @@ class Timing(NamedTuple):
     ratio: float | None = None  # value relative to the baseline, or speed-up over it, depending on the benchmark
 
 
-def process(code: str, *given: object) -> tuple[float, list[float]]:
+def process(code: str, *given: object, env: Mapping[str, str] | None = None) -> tuple[float, list[float]]:
     """Run Python code in a new process.
 
     Parameters
@@ -25,6 +26,8 @@ def process(code: str, *given: object) -> tuple[float, list[float]]:
         Program for ``python -c``.
     given
         Command-line arguments of the program.
+    env
+        Environment variables of the process; None for those of this one.
 
     Returns
     -------
@@ -32,5 +35,5 @@ def process(code: str, *given: object) -> tuple[float, list[float]]:
     """
     start = time.perf_counter()
     command = [sys.executable, "-c", code, *map(str, given)]
-    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    completed = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - start, [float(word) for word in completed.stdout.splitlines()[-1].split()]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from corec.bench.clock import Timing
+from corec.bench.clock import Timing, process
 from corec.reproduce import SPINS
 
 STEP = """
@@ -50,9 +50,7 @@ def busy_process() -> Iterator[None]:
 def step_seconds(variables: dict[str, str], steps: int) -> float:
     """Median seconds of a training step of the run ml-100k-ranknet in a new process with these environment variables."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    command = [sys.executable, "-c", STEP, str(steps)]
-    completed = subprocess.run(command, env=inherited | variables, stdout=subprocess.PIPE, text=True, check=True)
-    return float(completed.stdout.split()[-1])
+    return process(STEP, steps, env=inherited | variables)[1][0]
 
 
 def bench_neighbour(steps: int = 4, settings: dict[str, dict[str, str]] | None = None) -> Iterator[Timing]:

@@ -120,6 +120,12 @@ class Pools(NamedTuple):
         return Pools(*(values[rows] for values in self))
 
 
+def place_of(target: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Place of the target of each window [windows] among its `items` [windows, K]; -1 if it is not there."""
+    hit = items == target[:, None]
+    return np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
+
+
 def make_pools(windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: int, insert_truth: bool = False) -> Pools:
     """Take the `k` best candidates of each window and shuffle them.
 
@@ -142,9 +148,7 @@ def make_pools(windows: pd.DataFrame, candidates: pd.DataFrame, k: int, seed: in
         items[missing, -1] = target[missing]
     order = np.random.default_rng([seed, 3]).random(items.shape).argsort(axis=1)
     items, scores, ranks = (np.take_along_axis(values, order, axis=1) for values in (items, scores, ranks))
-    hit = items == target[:, None]
-    truth = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
-    return Pools(table["window"].to_numpy(), items, ranks, scores, truth)
+    return Pools(table["window"].to_numpy(), items, ranks, scores, place_of(target, items))
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:

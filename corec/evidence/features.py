@@ -68,9 +68,9 @@ def transitions(tables: Tables, steps: int) -> sparse.csr_array:
     pairs = [(items[:-step], items[step:], users[:-step] == users[step:]) for step in range(1, min(steps, len(items) - 1) + 1)]
     rows, columns = (np.concatenate([pair[side][pair[2]] for pair in pairs]) for side in (0, 1))
     size = len(tables.items) + 1
-    counted = sparse.coo_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(size, size)).tocsr()
+    times = sparse.coo_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(size, size)).tocsr()
     scale = 1 / np.sqrt(np.maximum(np.bincount(items, minlength=size), 1)).astype(np.float32)
-    return (sparse.diags_array(scale) @ counted @ sparse.diags_array(scale)).tocsr()
+    return (sparse.diags_array(scale) @ times @ sparse.diags_array(scale)).tocsr()
 
 
 def weighted_values(vocabulary: Vocabulary) -> sparse.csr_array:
@@ -84,12 +84,17 @@ def weighted_values(vocabulary: Vocabulary) -> sparse.csr_array:
     return (sparse.diags_array(1 / np.maximum(length, 1e-9)) @ table).tocsr().astype(np.float32)
 
 
+def counted(history: np.ndarray, size: int, weights: np.ndarray | float = 1.0) -> sparse.csr_array:
+    """Weight of each item in each history [windows, size]; `history` [windows, H] is padded with 0, `weights` is [H] or one."""
+    rows = np.repeat(np.arange(len(history)), history.shape[1])
+    real = (np.broadcast_to(weights, history.shape) * (history > 0)).astype(np.float32)
+    return sparse.csr_array((real.ravel(), (rows, history.ravel())), shape=(len(history), size))
+
+
 def profile_similarity(history: np.ndarray, candidates: np.ndarray, values: sparse.csr_array) -> np.ndarray:
     """Sum over the items of `history` [windows, H] of the cosine of their values and those of each candidate [windows, K]."""
     windows, k = candidates.shape
-    rows = np.repeat(np.arange(windows), history.shape[1])
-    counts = sparse.csr_array((np.ones(history.size, np.float32), (rows, history.ravel())), shape=(windows, values.shape[0]))
-    profiles = (counts @ values).tocsr()
+    profiles = (counted(history, values.shape[0]) @ values).tocsr()
     products = values[candidates.ravel()].multiply(profiles[np.repeat(np.arange(windows), k)])
     return np.asarray(products.sum(axis=1)).reshape(windows, k)
 

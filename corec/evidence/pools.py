@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from corec import CorecError
-from corec.controls import Pools
+from corec.controls import Pools, place_of
 from corec.data import Tables
 from corec.evidence.combiner import fit_linear
-from corec.evidence.features import Evidence, Matrix, Similarities, gather, latest_items
+from corec.evidence.features import Evidence, Matrix, Similarities, counted, gather, latest_items
 from corec.params import Params
 from corec.sasrec import items_by_user
 
@@ -37,9 +36,7 @@ class Wide(NamedTuple):
 
 def weighted(history: np.ndarray, weights: np.ndarray, table: Matrix | np.ndarray) -> np.ndarray:
     """Weighted sum of the rows of `table` of the items in `history` [windows, H], with `weights` [H] -> [windows, columns]."""
-    rows = np.repeat(np.arange(len(history)), history.shape[1])
-    cells = (np.tile(weights, len(history)).astype(np.float32) * (history.ravel() > 0), (rows, history.ravel()))
-    product = sparse.csr_array(cells, shape=(len(history), table.shape[0])) @ table
+    product = counted(history, table.shape[0], weights) @ table
     return product if isinstance(product, np.ndarray) else product.toarray()
 
 
@@ -122,7 +119,7 @@ def propose(
         yield found
 
 
-def widen(tables: Tables, candidates: pd.DataFrame, similar: Similarities, params: Params, seed: int) -> Wide:
+def widen(tables: Tables, candidates: pd.DataFrame, similar: Similarities, params: Params) -> Wide:
     """Merge the candidates of the sources ``controls.pool`` for every training, validation and test window.
 
     The evidence of an item that SASRec did not retrieve has the score and rank of its last candidate.
@@ -137,8 +134,6 @@ def widen(tables: Tables, candidates: pd.DataFrame, similar: Similarities, param
         Similarities of the items (see :func:`corec.evidence.similarity_tables`).
     params
         Parameters of the run.
-    seed
-        Seed of the combiner.
 
     Raises
     ------
@@ -154,11 +149,10 @@ def widen(tables: Tables, candidates: pd.DataFrame, similar: Similarities, param
     place = (items[:, :, None] == retrieved[:, None, :]).argmax(axis=2)  # 0 also if SASRec did not retrieve the item
     known = np.take_along_axis(retrieved, place, axis=1) == items
     place = np.where(known, place, retrieved.shape[1] - 1)
-    hit = items == target[:, None]
-    truth = np.where(hit.any(axis=1), hit.argmax(axis=1), -1)
-    pools = Pools(windows["window"].to_numpy(), items, place, np.take_along_axis(scores, place, axis=1), truth)
+    found_scores = np.take_along_axis(scores, place, axis=1)
+    pools = Pools(windows["window"].to_numpy(), items, place, found_scores, place_of(target, items))
     found = gather(tables, pools, similar, params.evidence)
-    merged = merge_scores(found, pools, (windows["split"] == "train").to_numpy(), seed)
+    merged = merge_scores(found, pools, (windows["split"] == "train").to_numpy(), params.seed)
     order = np.argsort(-merged, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(items, order, axis=1)
     table = pd.DataFrame(

@@ -33,7 +33,6 @@ def title_embeddings(titles: list[str], backbone: str, length: int = 24, batch: 
     model, tokenizer = backbones.load(backbone, torch.float32, "evidence.text")
     model = model.to(machine.device()).eval()
     tokenizer.padding_side = "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     parts = []
     for start in range(0, len(titles), batch):
         texts = [title or " " for title in titles[start : start + batch]]

@@ -13,11 +13,11 @@ from corec.reranker.scoring import (
     make_rows,
     order_bias,
     score,
-    score_gap,
     score_parts,
     score_split,
 )
 from corec.reranker.training import Targets, TrainingBatch, backward, repeat, train, training_batch
+from corec.scores import score_gap
 
 __all__ = [
     "MAX_K",

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from corec import CorecError, controls, files
-from corec.controls import Pools, standardise
+from corec.controls import Pools
 from corec.params import ControlsParams
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
@@ -154,33 +154,6 @@ def score_parts(
             print(f"{report}: {start + len(part)} of {len(rows)} prompts", flush=True)
             shown = time.monotonic()
     return Scores(*(values.reshape(len(pools.window), len(requests), -1) for values in found))
-
-
-def score_gap(scores: np.ndarray, pools: Pools, requests: Sequence[np.ndarray], values_of: np.ndarray) -> dict[int, float]:
-    """Mean standardised score of the candidates that meet all constraints of a request, minus that of the others.
-
-    Parameters
-    ----------
-    scores
-        [windows, R, K].
-    pools
-        Windows and their candidates.
-    requests
-        R arrays [windows, n].
-    values_of
-        Value ids of each item [items + 1, slots], from the vocabulary.
-
-    Returns
-    -------
-    Difference by index of the request; empty requests are omitted.
-    """
-    gaps = {}
-    for place, request in enumerate(requests):
-        if request.shape[1]:
-            met = controls.matches(pools.candidates, request, values_of).all(axis=2)
-            values = standardise(scores[:, place])
-            gaps[place] = float(values[met].mean() - values[~met].mean())
-    return gaps
 
 
 def order_bias(reranker: Reranker, examples: Examples, pools: Pools, request: np.ndarray, shuffles: int = 8) -> float:
