@@ -1,5 +1,6 @@
 """Where no GPU is: the computations on torch's device `meta`, whose tensors have no values, with a look at every operation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def moved(world: World, **changes: object) -> reranker.Reranker:
     model = world.build(world.params(**changes))
     for module in (model.model, model.head):
         module.to("meta")
-    return model
+    return replace(model, fused=None)  # as built on a GPU
 
 
 def test_two_devices_are_refused() -> None:
@@ -41,14 +42,17 @@ def test_two_devices_are_refused() -> None:
         torch.ones(2, 2) @ torch.ones(2, 2, device="meta")
 
 
+@pytest.mark.parametrize("fused_too", [False, True])
 @pytest.mark.parametrize("changes", [*READOUTS, {"gradient_checkpointing": True}], ids=str)
 def test_training_and_scoring_keep_to_one_device(
-    world: World, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+    world: World, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], fused_too: bool
 ) -> None:
     model = moved(world, **changes)
     rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
     monkeypatch.setattr(Tensor, "item", lambda loss: 0.0 if loss.is_meta else pytest.fail("a loss of the CPU"))
     model.model.train()
+    if fused_too:
+        model.fused = fused.Fused(model.causal)
     with OneDevice():
         reranker.backward(model, rows, reranker.Targets.of_control(np.ones((8, 3, 6))))
         assert all(value.grad is not None and value.grad.is_meta for value in model.trainable().values())

@@ -144,7 +144,7 @@ def test_fused_layers_share_the_models_weights(tmp_path: Path) -> None:
     assert made is not None
     with torch.inference_mode():
         torch.testing.assert_close(model(input_ids=ids).logits, before)
-    assert made.layers[0].qkv.data_ptr() == model.base_model.layers[0].self_attn.q_proj.weight.data_ptr()
+    assert made.layers[0].qkv.weight.data_ptr() == model.base_model.layers[0].self_attn.q_proj.weight.data_ptr()
 
 
 def test_the_plain_oracle_of_the_bench_gives_the_same_scores(world: World) -> None:

@@ -171,12 +171,35 @@ def rate(model: reranker.Reranker, rows: list[reranker.Row]) -> Iterator[Timing]
     bare, ours = machine.seconds(run), machine.seconds(lambda: model.forward(batch))
     label = f"bare products, {flop / bare / 1e9:.0f}"
     yield Timing("score_vs_matmul_rate", flop / ours / 1e9, "GFLOP/s", label, bare / ours)
+    yield from shares("scoring", lambda: model.forward(batch))
+
+
+def shares(name: str, work: Callable[[], object]) -> Iterator[Timing]:
+    """Shares of the time of `work` by operation, the ten largest."""
     with torch.profiler.profile() as profile:
-        model.forward(batch)
+        work()
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:10]:
-        yield Timing(f"share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
+        yield Timing(f"{name}: share of {event.key}", event.self_cpu_time_total / total, "", f"{event.count} calls")
+
+
+def training_rate(model: reranker.Reranker, rows: list[reranker.Row], seconds: float) -> Timing:
+    """FLOP/s of a training step that takes `seconds`, compared with the rate of the bare products of a forward pass.
+
+    Counted are the products with the frozen weights and their gradients with respect to the inputs (4 FLOP a weight and token;
+    no gradient of a frozen weight is computed), and of attention two products forward and four backward, over the lower triangle.
+    Padding and the products of LoRA do not count.
+    """
+    size = model.params.micro_batch
+    config, lengths = model.causal.config, [len(row.prefix) + sum(map(len, row.suffixes)) for row in rows]
+    run, flop = products(model.causal, size, max(lengths))
+    attention = 4 * config.num_hidden_layers * config.hidden_size  # FLOP of the two products, for each query and key
+    weights = (flop - attention * size * max(lengths) ** 2) / (size * max(lengths))  # FLOP for each token
+    done = 2 * weights * sum(lengths) + 3 * attention * sum(length * (length + 1) / 2 for length in lengths)
+    bare = flop / machine.seconds(run)
+    label = f"bare products, {bare / 1e9:.0f}; {sum(lengths) / seconds:.0f} tokens/s"
+    return Timing("train_vs_matmul_rate", done / seconds / 1e9, "GFLOP/s", label, done / seconds / bare)
 
 
 def kept_mb(work: Callable[[], object], weights: Iterable[Tensor]) -> float:
@@ -202,8 +225,13 @@ def training(settings: Any, examples: Any, model: reranker.Reranker) -> Iterator
     batch = reranker.training_batch(examples, settings, settings.reranker.curriculum_steps)
     rows = reranker.make_rows(model, examples, batch.pools, batch.requests)
     count = batch.targets.strength.size
-    ours = machine.seconds(lambda: reranker.backward(model, rows, batch.targets)) / count
-
+    step = machine.seconds(lambda: reranker.backward(model, rows, batch.targets))
+    ours = step / count
+    yield training_rate(model, rows, step)
+    yield from shares("training", lambda: reranker.backward(model, rows, batch.targets))
+    library = replace(model, fused=None)
+    slow = machine.seconds(lambda: reranker.backward(library, rows, batch.targets))
+    yield Timing("train_fused_vs_library", step, "s", f"layers of transformers and peft, {slow:.2f} s", slow / step)
     yield Timing("train_peak_memory", machine.peak_memory_mb(), "MB")
 
     some, weights = rows[: model.params.micro_batch], list(model.model.parameters())

@@ -70,6 +70,7 @@ def shard(module: Scorer, reranker: Reranker, accelerator: Accelerator) -> nn.Mo
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    reranker.fused = None  # FSDP gathers the weights of a layer when its module is called
     names = layer_names(reranker.causal)
     for layer in [layer for layer in reranker.causal.modules() if type(layer).__name__ in names]:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -31,9 +31,8 @@ class Prefix:
 def merge(reranker: Reranker) -> Reranker:
     """Merge the adapter, if there is one, into the weights of the backbone, in place, and fuse its layers, for scoring only.
 
-    Merging removes two small products and an addition from each of the seven projections of a layer, and allows fused layers
-    for Llama-like architectures (see :mod:`corec.reranker.fused`). In bfloat16 the merged weights are rounded, which changes
-    the scores slightly.
+    Merging removes two small products and an addition from each of the seven projections of a layer. In bfloat16 the merged
+    weights are rounded, which changes the scores slightly.
 
     Returns
     -------

@@ -1,8 +1,10 @@
-"""Layers of a Llama-like decoder with fewer operations, for scoring only.
+"""Layers of a Llama-like decoder with fewer operations, with LoRA or without.
 
 For a request of seven tokens, the forward of transformers spends most of its time on the overhead of about forty operations
 per layer. Here one product computes query, key and value, and another gate and up; the rotary embedding takes three operations;
 the mask is converted to an additive bias once instead of in every layer. The remaining cost is reading the weights.
+
+In training, the operations of :mod:`corec.reranker.gradients` compute LoRA together with the projections, and the gradients.
 
 Architectures are not listed by name: :func:`fuse` looks for the modules it knows, compares the fused layers with the model, and
 returns None if they differ.
@@ -14,37 +16,59 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from corec.reranker import gradients
+from corec.reranker.gradients import Lora
 
 PROBE = 12  # tokens of the comparison of the fused layers with the model, and of the timings for short inputs
 FEW = 128  # maximum number of tokens for which a product may be transposed
 MANY = 320  # tokens of a prompt in the timing of attention
 
 
-class Layer(NamedTuple):
-    """Weights of one layer, projections of the same input concatenated along the output dimension."""
+class Projection(NamedTuple):
+    """A projection, or several of the same input, concatenated along the output dimension."""
 
-    qkv: Tensor  # [(heads + 2 key heads) * head width, hidden]
-    qkv_bias: Tensor | None
-    out: nn.Linear
-    gate_up: Tensor  # [2 * inner, hidden]
-    gate_up_bias: Tensor | None
-    down: nn.Linear
+    weight: Tensor  # [sum of output widths, input width]
+    bias: Tensor | None
+    lora: Lora | None  # adapter, if the model has one
+
+
+class Layer(NamedTuple):
+    """Weights of one layer."""
+
+    qkv: Projection  # to (heads + 2 key heads) * head width
+    out: Projection
+    gate_up: Projection  # to 2 * inner
+    down: Projection
     before: tuple[Tensor, float]  # weight and epsilon of the norm before attention
     after: tuple[Tensor, float]  # weight and epsilon of the norm before the MLP
     heads: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None  # norms of the query and key heads (Qwen3)
 
 
-def together(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def together(*modules: Any) -> Projection:
     """Concatenate the weights and biases of several projections of the same input.
 
-    The parameters of `parts` become views of the result, so no memory is added.
+    The parameters of `modules` become views of the result, so no memory is added.
 
-    Returns
-    -------
-    Weight [sum of output widths, input width] and bias [sum of output widths] or None.
+    Parameters
+    ----------
+    modules
+        Linear layers, or peft's LoRA around them.
+
+    Raises
+    ------
+    TypeError
+        If a module is of another kind, for example quantised, or its adapter has dropout, is merged, or is not plain LoRA.
     """
+    parts = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
+    if any(type(part) is not nn.Linear for part in parts):
+        raise TypeError("projections of another kind")
+    lora = adapter(modules) if isinstance(modules[0], LoraLayer) else None
+    if len(parts) == 1:
+        return Projection(parts[0].weight.detach(), None if parts[0].bias is None else parts[0].bias.detach(), lora)
     weight = torch.cat([part.weight.detach() for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
     start = 0
@@ -54,7 +78,19 @@ def together(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
         if bias is not None:
             part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
         start = stop
-    return weight, bias
+    return Projection(weight, bias, lora)
+
+
+def adapter(modules: tuple[Any, ...]) -> Lora:
+    """Matrices of the LoRA of `modules`, which are trained in place (raises TypeError unless it is plain LoRA)."""
+    names = {tuple(module.active_adapters) for module in modules}
+    (name,) = names.pop() if len(names) == 1 else ("", "")
+    scales = {module.scaling[name] for module in modules}
+    plain = all(isinstance(module.lora_dropout[name], nn.Identity) and not module.merged for module in modules)
+    if len(scales) > 1 or not plain or any(module.lora_variant or module.lora_bias[name] for module in modules):
+        raise TypeError("an adapter of another kind")
+    down, up = ([getattr(module, part)[name].weight for module in modules] for part in ("lora_A", "lora_B"))
+    return Lora(down, up, scales.pop())
 
 
 def norm(module: Any) -> tuple[Tensor, float]:
@@ -68,21 +104,23 @@ def faster(work: Callable[[bool], object], number: int) -> bool:
     return times[0] < times[1]
 
 
-def product(state: Tensor, weight: Tensor, bias: Tensor | None, turned: bool = False) -> Tensor:
-    """Linear layer of `state` [..., input width], as ``F.linear``.
+def product(state: Tensor, part: Projection, turned: bool = False) -> Tensor:
+    """Project `state` [..., input width].
 
-    With `turned` and at most :data:`FEW` tokens, it is computed transposed, as weight times state, for which the library
-    chooses another kernel.
+    With `turned`, at most :data:`FEW` tokens and no adapter, it is computed transposed, as weight times state, for which the
+    library chooses another kernel.
     """
+    if part.lora is not None:
+        return gradients.adapted(state, part.weight, part.bias, part.lora)
     tokens = state.shape[:-1].numel()
     if not turned or tokens > FEW:
-        return F.linear(state, weight, bias)
-    output = (weight @ state.reshape(tokens, -1).t()).t()
-    return (output if bias is None else output + bias).reshape(*state.shape[:-1], -1)
+        return F.linear(state, part.weight, part.bias)
+    output = (part.weight @ state.reshape(tokens, -1).t()).t()
+    return (output if part.bias is None else output + part.bias).reshape(*state.shape[:-1], -1)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, spelled: bool) -> Tensor:
-    """Grouped-query attention with an additive bias.
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | list[Tensor], scale: float) -> Tensor:
+    """Grouped-query attention with an additive mask.
 
     Parameters
     ----------
@@ -91,24 +129,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     key, value
         [batch, key heads, columns, head width].
     bias
-        Added to the attention scores: [batch, 1, L, columns]; if `spelled`, repeated for each query head of a group,
-        [batch, 1, heads / key heads * L, columns].
+        Added to the attention scores [batch, 1, L, columns], for torch's kernel; or its blocks (see
+        :func:`corec.reranker.gradients.blocks_of`), for attention spelled out as two matrix products and a softmax.
     scale
         Factor of the products of query and key.
-    spelled
-        Compute explicitly, as two matrix products and a softmax, instead of with torch's fused kernel.
 
     Returns
     -------
     [batch, L, heads, head width].
     """
-    (batch, heads, length, width), groups = query.shape, key.shape[1]
-    if spelled:  # one batch element at a time, so that the scores stay in the CPU cache
-        output = query.new_empty(batch, length, heads, width)
-        for q, k, v, added, out in zip(query, key, value, bias, output, strict=True):
-            scores = torch.baddbmm(added.expand(groups, -1, -1), q.reshape(groups, -1, width), k.mT, alpha=scale)
-            out.copy_(torch.bmm(scores.softmax(-1), v).view(heads, length, width).transpose(0, 1))
-        return output
+    if isinstance(bias, list):
+        return gradients.attention(query, key, value, bias, scale)
+    heads, groups = query.shape[1], key.shape[1]
     grouped = query.device.type == "cpu"
     if heads > groups and not grouped:  # the CUDA kernel with a mask needs one key head per query head
         key, value = key.repeat_interleave(heads // groups, 1), value.repeat_interleave(heads // groups, 1)
@@ -116,12 +148,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
 
 
 class Fused:
-    """Fused layers of a causal LM without adapter (or with a merged one). Create it with :func:`fuse`.
+    """Fused layers of a causal LM, with LoRA or without. Create it with :func:`fuse`.
 
     Raises
     ------
     TypeError
-        If a projection is not an ``nn.Linear``, for example with quantised weights.
+        If a projection is not an ``nn.Linear``, or its adapter not plain LoRA (see :func:`together`).
     AttributeError
         If a module of the Llama architecture is missing.
     """
@@ -132,16 +164,9 @@ class Fused:
         attention = base.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
-        plain = [
-            part
-            for layer in base.layers
-            for part in (*layer.self_attn.children(), *layer.mlp.children())
-            if hasattr(part, "out_features")
-        ]
-        if any(type(part) is not nn.Linear for part in plain):  # e.g. quantised weights, which must not be replaced
-            raise TypeError("projections of another kind")
         self.layers = [self.take(layer) for layer in base.layers]
         self.turned, self.spelled = self.faster_turned(), (self.faster_spelled(PROBE), self.faster_spelled(MANY))
+        self.silu = isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation"
 
     def faster_turned(self) -> bool:
         """Whether the transposed product is faster for :data:`PROBE` tokens.
@@ -151,23 +176,27 @@ class Fused:
         """
         if self.norm[0].device.type != "cpu":
             return False
-        weights = [weight for layer in self.layers for weight in (layer.qkv, layer.out.weight, layer.gate_up, layer.down.weight)]
-        states = {weight.shape[1]: weight.new_ones(PROBE, weight.shape[1]) for weight in weights}
-        return faster(lambda turned: [product(states[w.shape[1]], w, None, turned) for w in weights], 1)
+        parts = [part._replace(lora=None) for layer in self.layers for part in layer[:4]]
+        states = {part.weight.shape[1]: part.weight.new_ones(PROBE, part.weight.shape[1]) for part in parts}
+        return faster(lambda turned: [product(states[part.weight.shape[1]], part, turned) for part in parts], 1)
 
     def faster_spelled(self, tokens: int) -> bool:
         """Whether explicit attention of `tokens` queries to a prompt of :data:`MANY` tokens is faster than torch's kernel.
 
-        Timed on a CPU in half precision; otherwise False. For a whole prompt, explicit attention took 0.4 of the kernel's time
-        on an AMD EPYC, and twice the kernel's time on a Xeon, where the kernel uses the matrix units.
+        On a CPU in half precision; otherwise False. With an adapter, whose forward passes are mostly those of training, it is
+        always True, so that a resumed training computes the same numbers: with its backward pass, the kernel took three times the
+        time on an AMD EPYC. Without an adapter it is timed: explicit attention took 0.4 of the kernel's time on the EPYC, and
+        twice the kernel's time on a Xeon, where the kernel uses the matrix units.
         """
         like = self.norm[0]
         if like.device.type != "cpu" or like.dtype == torch.float32:
             return False
+        if self.layers[0].qkv.lora is not None:
+            return True
         query, key = (like.new_ones(1, heads, n, self.width) for heads, n in ((self.queries, tokens), (self.keys, MANY)))
         bias = like.new_zeros(1, 1, tokens, MANY)
-        rows = bias.repeat(1, 1, self.queries // self.keys, 1)
-        return faster(lambda spelled: attention(query, key, key, rows if spelled else bias, self.scale, spelled), 5)
+        blocks = gradients.blocks_of(bias, self.queries // self.keys)
+        return faster(lambda spelled: attention(query, key, key, blocks if spelled else bias, self.scale), 5)
 
     def spells(self, state: Tensor) -> bool:
         """Whether attention is computed explicitly for the tokens of `state` [batch, L, hidden]."""
@@ -177,11 +206,16 @@ class Fused:
     def take(layer: Any) -> Layer:
         """Concatenate the weights of one decoder layer of the model (see :func:`together`)."""
         attention, mlp = layer.self_attn, layer.mlp
-        qkv, qkv_bias = together(attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up, gate_up_bias = together(mlp.gate_proj, mlp.up_proj)
         heads = (norm(attention.q_norm), norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
-        before, after = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
-        return Layer(qkv, qkv_bias, attention.o_proj, gate_up, gate_up_bias, mlp.down_proj, before, after, heads)
+        return Layer(
+            qkv=together(attention.q_proj, attention.k_proj, attention.v_proj),
+            out=together(attention.o_proj),
+            gate_up=together(mlp.gate_proj, mlp.up_proj),
+            down=together(mlp.down_proj),
+            before=norm(layer.input_layernorm),
+            after=norm(layer.post_attention_layernorm),
+            heads=heads,
+        )
 
     def __call__(self, embedded: Tensor, positions: Tensor, mask: Tensor, cache: Any = None, every: bool = True) -> list[Tensor]:
         """Hidden states, in the format of transformers: embeddings, output of each layer, the last one after the final norm.
@@ -211,24 +245,25 @@ class Fused:
         states[-1] = self.last(states[-1])
         return states
 
-    def tables(self, like: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs common to all layers: the mask as an additive bias, and the cosine and signed sine of the rotary embedding.
+    def tables(self, like: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
+        """Inputs common to all layers: the additive mask or its blocks, and cosine and signed sine of the rotary embedding.
 
         `like` [batch, L, hidden] gives the dtype and the number of tokens. Cosine and sine are [batch, L, 1, head width]; the
         first half of the sine is negated.
         """
-        bias = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        if self.spells(like):
-            bias = bias.repeat(1, 1, self.queries // self.keys, 1)
+        added = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        bias = gradients.blocks_of(added, self.queries // self.keys) if self.spells(like) else added
         cos, sin = (table[:, :, None] for table in self.rotary(like, positions))  # [batch, L, 1, head width]
         half = self.width // 2
         return bias, cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
     def last(self, state: Tensor) -> Tensor:
         """Apply the final norm."""
-        return F.rms_norm(state, state.shape[-1:], *self.norm)
+        return gradients.norm(state, *self.norm)
 
-    def layer(self, number: int, state: Tensor, bias: Tensor, cos: Tensor, turned: Tensor, cache: Any = None) -> Tensor:
+    def layer(
+        self, number: int, state: Tensor, bias: Tensor | list[Tensor], cos: Tensor, turned: Tensor, cache: Any = None
+    ) -> Tensor:
         """Output [batch, L, hidden] of one layer.
 
         Parameters
@@ -242,13 +277,13 @@ class Fused:
         cache
             As in :meth:`__call__`.
         """
-        layer, (batch, length, hidden) = self.layers[number], state.shape
-        normed = F.rms_norm(state, (hidden,), *layer.before)
-        qkv = product(normed, layer.qkv, layer.qkv_bias, self.turned).contiguous().view(batch, length, -1, self.width)
+        layer, (batch, length, _) = self.layers[number], state.shape
+        normed = gradients.norm(state, *layer.before)
+        qkv = product(normed, layer.qkv, self.turned).contiguous().view(batch, length, -1, self.width)
         both, value = qkv.split([self.queries + self.keys, self.keys], dim=2)
         if layer.heads:
             parts = zip(both.split([self.queries, self.keys], dim=2), layer.heads, strict=True)
-            both = torch.cat([F.rms_norm(part, (self.width,), *weights) for part, weights in parts], dim=2)
+            both = torch.cat([gradients.norm(part, *weights) for part, weights in parts], dim=2)
         both = torch.addcmul(both * cos, both.roll(self.width // 2, -1), turned)
         query, key = (part.transpose(1, 2) for part in both.split([self.queries, self.keys], dim=2))
         value = value.transpose(1, 2)
@@ -257,11 +292,15 @@ class Fused:
             key, value = torch.cat([cached_key, key], dim=2), torch.cat([cached_value, value], dim=2)
         elif cache is not None:
             key, value = cache.update(key, value, number)
-        attended = attention(query, key, value, bias, self.scale, self.spells(state)).reshape(batch, length, -1)
-        state = state + product(attended, layer.out.weight, layer.out.bias, self.turned)
-        normed = F.rms_norm(state, (hidden,), *layer.after)
-        gate, up = product(normed, layer.gate_up, layer.gate_up_bias, self.turned).chunk(2, dim=-1)
-        return state + product(self.activation(gate) * up, layer.down.weight, layer.down.bias, self.turned)
+        attended = attention(query, key, value, bias, self.scale).reshape(batch, length, -1)
+        state = state + product(attended, layer.out, self.turned)
+        both = product(gradients.norm(state, *layer.after), layer.gate_up, self.turned)
+        if self.silu:
+            inner = gradients.gated(both)
+        else:
+            gate, up = both.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        return state + product(inner, layer.down, self.turned)
 
 
 @torch.no_grad()

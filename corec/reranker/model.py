@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from corec import CorecError, backbones, machine
 from corec.controls import Vocabulary
 from corec.params import RerankerParams
+from corec.reranker.fused import fuse
 from corec.reranker.probes import can_pack, logit_scale, positions
 from corec.reranker.prompt import Batch, Prompter, Row, collate, extend_tokenizer, index_token, new_tokens
 from corec.reranker.readout import Head, Parts
@@ -36,7 +37,7 @@ class Reranker:
     params: RerankerParams
     packs: bool = True  # requests can share a prefix (see :func:`corec.reranker.probes.can_pack`)
     logit_scale: float = 1.0  # factor of the logits (see :func:`corec.reranker.probes.logit_scale`)
-    fused: Any = None  # fused layers, for scoring only (see :func:`corec.reranker.engine.merge`)
+    fused: Any = None  # fused layers (see :mod:`corec.reranker.fused`); None: those of transformers
     trained: bool = False  # True if training has changed the parameters
     start: dict[str, Tensor] = field(default_factory=dict, repr=False)  # initial values of the trainable parameters
 
@@ -227,9 +228,16 @@ def build(
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
     device = device or machine.device()
     prompter = Prompter(tokenizer, items, vocabulary, params, positions(model.config, packs))
-    reranker = Reranker(model.to(device), tokenizer, head.to(device), prompter, params, packs, scale)
+    model = model.to(device)
+    fused = fuse(model.get_base_model()) if adapted and fuses(params, packs, device) else None
+    reranker = Reranker(model, tokenizer, head.to(device), prompter, params, packs, scale, fused)
     reranker.start = {name: value.detach().clone() for name, value in reranker.trainable().items()} if adapted else {}
     return reranker
+
+
+def fuses(params: RerankerParams, packs: bool, device: str | torch.device) -> bool:
+    """Whether a model with an adapter is to be fused: on the CPU, without gradient checkpointing, which needs its modules."""
+    return packs and torch.device(device).type == "cpu" and not params.gradient_checkpointing
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
@@ -333,7 +341,9 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
-    return Reranker(model.to(bare.device), bare.tokenizer, bare.head, bare.prompter, params, bare.packs, bare.logit_scale)
+    model = model.to(bare.device)
+    fused = fuse(model.get_base_model()) if fuses(params, bare.packs, bare.device) else None
+    return Reranker(model, bare.tokenizer, bare.head, bare.prompter, params, bare.packs, bare.logit_scale, fused)
 
 
 @torch.inference_mode()
