@@ -52,8 +52,9 @@ def figure6_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
 
 
 def figure7_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
-    """Rows of Figure 7: CP@k by threshold, at the largest number of control tokens."""
-    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=table["n_tokens"].max(), model=SHOWN))
+    """Rows of Figure 7: CP@k by threshold, for every number of control tokens from 2 (or the largest, if that is 1)."""
+    lengths = [n for n in table["n_tokens"].unique() if n >= min(2, table["n_tokens"].max())]
+    return in_order(evaluation.pick(table, metric="cp", k=k, n_tokens=lengths, model=SHOWN))
 
 
 def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -72,10 +73,15 @@ def figure6(table: pd.DataFrame, k: int) -> Figure:
 
 
 def figure7(table: pd.DataFrame, k: int) -> Figure:
-    """Plot control precision by threshold, from :func:`figure7_table`."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    draw(axis, table, "tau")
-    axis.set(xlabel=f"threshold τ (of {table['n_tokens'].max()} control tokens)", ylabel=f"CP@{k}")
+    """Plot control precision by threshold, one panel per number of control tokens, from :func:`figure7_table`."""
+    lengths = sorted(table["n_tokens"].unique())
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(3.4 + 2.6 * len(lengths), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, n in zip(axes[0], lengths, strict=True):
+        draw(axis, evaluation.pick(table, n_tokens=n), "tau")
+        axis.set(xlabel=f"threshold τ of {n} control token{'s' if n > 1 else ''}")
+    axes[0, 0].set(ylabel=f"CP@{k}")
     legend(figure)
     return figure
 

@@ -227,17 +227,24 @@ class RerankerParams(Model):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lr: float = Field(1e-3, gt=0)  # adapter
     lr_head: float = Field(1e-3, gt=0)  # read-out head
-    lr_rows: float = Field(1e-2, gt=0)  # embedding rows of the new tokens
+    lr_rows: float = Field(1e-2, ge=0)  # embedding rows of the new tokens; 0: they keep their initial values
     lr_gate: float = Field(1e-2, gt=0)  # single numbers of the head: bias of the gate, scale and shift of the control term
     warmup: float = Field(0.02, ge=0, le=1)  # share of the steps
     steps: int = Field(100, ge=1)  # optimiser steps on the full prompt
     curriculum_steps: int = Field(60, ge=0)  # steps before these: attributes only, no history, short requests first
+    # Numbers of candidates in equal parts of `curriculum_steps`, e.g. [2, 6]; empty: controls.k throughout.
+    curriculum_k: list[int] = []
     max_minutes: float = Field(30, gt=0)  # time limit of training; the schedule is shortened to fit
     batch_size: int = Field(4, ge=1)  # windows per step
     micro_batch: int = Field(2, ge=1)  # windows in memory at a time; the gradient is that of the whole batch
     requests_per_window: int = Field(16, ge=1)
-    # ranknet: the paper's, on control scores; listwise: cross-entropy to the softmax of prior, constraints met and truth.
-    loss: Literal["ranknet", "listwise"] = "ranknet"
+    train_tokens: list[NonNegativeInt] | None = None  # numbers of constraints in training; empty: controls.n_tokens
+    # ranknet: the paper's, on control scores; listwise: cross-entropy to the softmax of prior, constraints met and truth;
+    # truth: cross-entropy to the true next item (LlamaRec), which needs controls.train_truth other than `any`.
+    loss: Literal["ranknet", "listwise", "truth"] = "ranknet"
+    # What a request of n constraints asks for: graded: the number of constraints met (the paper); all: n if all are met, else 0;
+    # mixture: the mean of the two; none: nothing, so that only the true next item counts.
+    control_target: Literal["graded", "all", "mixture", "none"] = "graded"
     truth_bonus: bool = True  # the control score of the true next item is one higher
     truth_logits: float = Field(3.0, ge=0)  # listwise: the truth bonus in the softmax
     match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
@@ -349,6 +356,16 @@ class Params(Model):
 
     @model_validator(mode="after")
     def _sections_go_together(self) -> Self:
+        few = [k for k in self.reranker.curriculum_k if not 2 <= k <= self.controls.k]
+        if few:
+            raise ValueError(
+                f"parameter 'reranker.curriculum_k' lists {few[0]}: list numbers from 2 to controls.k ({self.controls.k})."
+            )
+        if self.reranker.loss == "truth" and (self.controls.train_truth == "any" or self.reranker.curriculum_steps):
+            raise ValueError(
+                "parameter 'reranker.loss' 'truth' needs the true next item in every training prompt: set controls.train_truth to "
+                "'retrieved' or 'inserted', and reranker.curriculum_steps to 0."
+            )
         if self.sasrec.top_k < self.controls.k:
             raise ValueError(
                 f"parameter 'sasrec.top_k' is {self.sasrec.top_k}, fewer than the {self.controls.k} candidates of "

@@ -13,6 +13,7 @@ from corec.controls.pools import (
     pool_coverage,
     prepare,
     standardise,
+    wanted,
 )
 from corec.controls.storage import load, save, to_dataset
 
@@ -32,4 +33,5 @@ __all__ = [
     "save",
     "standardise",
     "to_dataset",
+    "wanted",
 ]

@@ -119,6 +119,14 @@ class Pools(NamedTuple):
         """Select windows."""
         return Pools(*(values[rows] for values in self))
 
+    def narrow(self, k: int, rng: np.random.Generator) -> "Pools":
+        """Keep `k` random candidates of each window, in their order."""
+        places = np.sort(rng.random(self.candidates.shape).argsort(axis=1)[:, :k], axis=1)
+        kept = places == self.truth[:, None]
+        truth = np.where(kept.any(axis=1), kept.argmax(axis=1), -1)
+        arrays = (np.take_along_axis(values, places, axis=1) for values in self[1:4])
+        return Pools(self.window, *arrays, truth)
+
 
 def place_of(target: np.ndarray, items: np.ndarray) -> np.ndarray:
     """Place of the target of each window [windows] among its `items` [windows, K]; -1 if it is not there."""
@@ -232,6 +240,12 @@ def control_scores(met: np.ndarray, is_truth: np.ndarray | None = None) -> np.nd
     """Control score r [..., K] of `met` [..., K, n]: constraints met, plus one for the true next item if `is_truth` is given."""
     scores = met.sum(axis=-1)
     return scores if is_truth is None else scores + is_truth
+
+
+def wanted(met: np.ndarray, target: str) -> np.ndarray:
+    """What a request asks of each candidate [..., K], from `met` [..., K, n]: see ``reranker.control_target``."""
+    graded, everything = met.sum(axis=-1).astype(np.float32), met.all(axis=-1) * np.float32(met.shape[-1])
+    return {"graded": graded, "all": everything, "mixture": (graded + everything) / 2, "none": np.zeros_like(graded)}[target]
 
 
 def standardise(scores: np.ndarray) -> np.ndarray:

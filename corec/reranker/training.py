@@ -31,6 +31,7 @@ class Targets(NamedTuple):
     """What a batch is trained on: R requests and K candidates per window, n constraints per request."""
 
     control: np.ndarray  # control scores [windows, R, K], with the truth bonus
+    wanted: np.ndarray  # what the requests ask of each candidate [windows, R, K], see ``reranker.control_target``
     met: np.ndarray  # constraints met [windows, R, n, K], 0 where a request has fewer
     present: np.ndarray  # constraints of the requests [windows, R, n], 0 or 1
     truth: np.ndarray  # the true next item [windows, K], 0 or 1; all 0 without a truth bonus
@@ -41,7 +42,8 @@ class Targets(NamedTuple):
         """Targets for RankNet from control scores [windows, R, K] only."""
         windows, requests, k = control.shape
         met, present = np.zeros((windows, requests, 0, k), np.float32), np.zeros((windows, requests, 0), np.float32)
-        return cls(control, met, present, np.zeros((windows, k), np.float32), np.ones((windows, requests), np.float32))
+        truth, strength = np.zeros((windows, k), np.float32), np.ones((windows, requests), np.float32)
+        return cls(control, control, met, present, truth, strength)
 
     def take(self, rows: Any) -> "Targets":
         """Select windows."""
@@ -61,7 +63,8 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     """Draw the batch of a step; it depends on seed and step only, so a resumed training uses the same batches.
 
     In the first `curriculum_steps` steps, prompts are plain: in the first half of them, requests have one constraint; in the
-    second half, their lengths cycle through ``controls.n_tokens`` without 0. In later steps they cycle through all lengths.
+    second half, their lengths cycle through those of ``train_tokens`` without 0. In later steps they cycle through all lengths.
+    With ``curriculum_k``, plain prompts have fewer candidates, drawn at random from the pool.
 
     With the loss ``listwise``, the strength of each request is the square of a uniform number, so that half are below 1/4; with
     ``ranknet`` it is 1.
@@ -71,7 +74,10 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     plain = step < settings.curriculum_steps
     pools = prepared.pools["train"]
     pools = pools.take(rng.choice(len(pools.window), min(settings.batch_size, len(pools.window)), replace=False))
-    lengths = params.controls.n_tokens
+    lengths = settings.train_tokens or params.controls.n_tokens
+    if plain and settings.curriculum_k:
+        part = step * len(settings.curriculum_k) // settings.curriculum_steps
+        pools = pools.narrow(settings.curriculum_k[part], rng)
     if plain:
         lengths = [1] if 2 * step < settings.curriculum_steps else [n for n in lengths if n] or [1]
     wanted = settings.requests_per_window
@@ -81,8 +87,10 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     truth = pools.is_truth() if settings.truth_bonus and not plain else np.zeros(pools.candidates.shape, dtype=bool)
     met = [controls.matches(pools.candidates, request, prepared.vocabulary.values_of) for request in requests]
     shape = (len(pools.window), wanted)
+    asked = np.stack([controls.wanted(each, settings.control_target) for each in met], axis=1)
     targets = Targets(
-        np.stack([controls.control_scores(each, truth) for each in met], axis=1),
+        asked + truth[:, None],
+        asked,
         np.zeros((*shape, max(lengths), pools.candidates.shape[1]), np.float32),
         np.zeros((*shape, max(lengths)), np.float32),
         truth.astype(np.float32),
@@ -104,9 +112,9 @@ def schedule(progress: float, warmup: float) -> float:
 def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: RerankerParams) -> Tensor:
     """Training loss of a batch.
 
-    ``ranknet``: RankNet on control scores. ``listwise``: divergence from softmax(p + c * strength * met + b * truth), where p is
-    the prior (0 if the model has none), c = ``control_logits`` and b = ``truth_logits``. With ``control: constraints``,
-    ``match_loss`` times the cross-entropy of each constraint is added.
+    ``ranknet``: RankNet on control scores. ``listwise``: divergence from softmax(p + c * strength * wanted + b * truth), where p
+    is the prior (0 if the model has none), c = ``control_logits`` and b = ``truth_logits``. ``truth``: cross-entropy to the true
+    next item. With ``control: constraints``, ``match_loss`` times the cross-entropy of each constraint is added.
 
     Parameters
     ----------
@@ -117,7 +125,7 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     params
         Loss and its weights.
     """
-    control, met, present, truth, strength = (torch.from_numpy(values).to(parts.control.device) for values in targets)
+    control, asked, met, present, truth, strength = (torch.from_numpy(values).to(parts.control.device) for values in targets)
     shape = strength.shape  # windows, R; a window has one row, or one for each request
     parts = Parts(
         parts.relevance.reshape(len(control), -1, control.shape[-1]),
@@ -129,8 +137,10 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     scores = parts.scores(prior, strength[..., None])
     if params.loss == "ranknet":
         loss = ranknet(scores, control)
+    elif params.loss == "truth":
+        loss = -(scores.log_softmax(-1) * truth[:, None]).sum(-1).mean()
     else:
-        wanted = params.control_logits * strength[..., None] * met.sum(dim=2) + params.truth_logits * truth[:, None]
+        wanted = params.control_logits * strength[..., None] * asked + params.truth_logits * truth[:, None]
         loss = listwise(scores, wanted if prior is None else wanted + prior[:, None])
     if parts.match is not None and params.match_loss:
         loss = loss + params.match_loss * match_loss(parts.match, met, present)
