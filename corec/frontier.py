@@ -95,19 +95,18 @@ def table(points: Points, params: Params) -> pd.DataFrame:
     return made.assign(strength=made["strength"].mask(made["strength"] == NONE))
 
 
-def gaps(points: Points, params: Params) -> pd.DataFrame:
-    """NDCG of COREC minus that of the boost at the same CP, for each number of constraints and strength, with intervals.
+def resampled_gaps(points: Points, params: Params) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """NDCG of COREC minus that of the boost at the same CP, by number of constraints.
 
     Between its points, the boost is interpolated linearly; beyond its ends, it is that of the nearest end. The bootstrap over
     users resamples both curves together.
 
     Returns
     -------
-    Columns ``n_tokens strength cp gap low high``.
+    By n: the CP of COREC [strengths], and the differences [1 + resamples, strengths], those of the sample itself first.
     """
-    means, rows = over_seeds(points), []
+    means, made = over_seeds(points), {}
     weights = resamples(len(next(iter(points.values()))), params.evaluation, params.seed)
-    tail = (1 - params.evaluation.confidence) / 2
     for n in (n for n in params.controls.n_tokens if n):
         curves = {}
         for model in ("boost", "corec"):
@@ -115,10 +114,25 @@ def gaps(points: Points, params: Params) -> pd.DataFrame:
             drawn = np.einsum("bu,usm->bsm", weights, values)  # [resamples, strengths, 2]
             curves[model] = np.concatenate([values.mean(axis=0)[None], drawn])
         found = np.stack([difference(ours, boost) for ours, boost in zip(curves["corec"], curves["boost"], strict=True)])
+        made[n] = curves["corec"][0, :, 0], found
+    return made
+
+
+def gaps(points: Points, params: Params) -> pd.DataFrame:
+    """Tabulate :func:`resampled_gaps` with intervals, in columns ``n_tokens strength cp gap low high``."""
+    tail, rows = (1 - params.evaluation.confidence) / 2, []
+    for n, (cp, found) in resampled_gaps(points, params).items():
         low, high = np.quantile(found[1:], [tail, 1 - tail], axis=0)
-        for place, strength in enumerate(params.evaluation.strengths):
-            rows.append((n, strength, curves["corec"][0, place, 0], found[0, place], low[place], high[place]))
+        rows += [(n, *row) for row in zip(params.evaluation.strengths, cp, found[0], low, high, strict=True)]
     return pd.DataFrame(rows, columns="n_tokens strength cp gap low high".split())
+
+
+def mean_gap(points: Points, params: Params) -> tuple[float, float, float]:
+    """Mean of :func:`resampled_gaps` over all strengths and numbers of constraints, and the ends of its interval."""
+    means = np.mean([found.mean(axis=1) for _, found in resampled_gaps(points, params).values()], axis=0)
+    tail = (1 - params.evaluation.confidence) / 2
+    low, high = np.quantile(means[1:], [tail, 1 - tail])
+    return float(means[0]), float(low), float(high)
 
 
 def difference(ours: np.ndarray, boost: np.ndarray) -> np.ndarray:

@@ -59,6 +59,45 @@ def orders_section(folder: Path) -> Iterator[Section]:
     yield "CP and NDCG by variant", [about, "", *markdown(header, rows)]
 
 
+def ablations_sections(folder: Path) -> Iterator[Section]:
+    """Values of the variants and their differences from the whole (:mod:`corec.studies.ablations`)."""
+    table = pd.read_csv(folder / "ablations.csv")
+    first, lengths = table.iloc[0], sorted(int(n) for n in table["n_tokens"].dropna().unique())
+    about = (
+        f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {first['n_users']} test users, one training of "
+        f"{first['steps']} steps for each variant; strength 1."
+    )
+    columns = [("ndcg", 0), *(("cp", n) for n in lengths if n), *(("ndcg", n) for n in lengths if n)]
+    header = ["", *(f"{metric.upper()}@5, {n} token{'s' if n != 1 else ''}" for metric, n in columns)]
+    values, differences = [], []
+    for variant, part in table[table["metric"] != "gap"].groupby("variant", sort=False):
+        cells = part.set_index(["metric", "n_tokens"]).loc[columns]
+        values.append([f"`{variant!s}`", *(f"{value:.3f}" for value in cells["value"])])
+        ahead = zip(cells["ahead"], cells["ahead_low"], cells["ahead_high"], strict=True)
+        if variant != "corec":
+            differences.append([f"`{variant!s}`", *(f"{gain:+.3f} ({low:+.3f} to {high:+.3f})" for gain, low, high in ahead)])
+    yield "Ablations", [about, "", *markdown(header, values)]
+    yield "Ablations, differences from `corec`", ["Paired, with intervals over users.", "", *markdown(header, differences)]
+    if len(gaps := table[table["metric"] == "gap"]):
+        rows = [[f"`{r.variant}`", f"{r.value:+.4f} ({r.low:+.4f} to {r.high:+.4f})"] for r in gaps.itertuples()]
+        about = "NDCG@5 minus that of the boost at the same CP@5, mean over all strengths and numbers of tokens."
+        yield "Ablations, against the boost's frontier", [about, "", *markdown(["", "difference"], rows)]
+
+
+def surface_section(folder: Path) -> Iterator[Section]:
+    """CP and NDCG by number of candidates and tokens (:mod:`corec.studies.surface`)."""
+    table = pd.read_csv(folder / "surface.csv")
+    first = table.iloc[0]
+    about = f"{first['dataset']}, protocol `{first['protocol']}`, {first['n_users']} test users; CP@5 (NDCG@5)."
+    lengths, rows = sorted(table["n_tokens"].unique()), []
+    for (k, model), part in table.groupby(["K", "model"], sort=False):
+        cells = part.set_index(["metric", "n_tokens"])["value"]
+        texts = [f"{cells['cp', n]:.3f} ({cells['ndcg', n]:.3f})" if n else f"({cells['ndcg', n]:.3f})" for n in lengths]
+        rows.append([str(k), f"`{model}`", *texts])
+    header = ["K", "", *(f"{n} token{'s' if n != 1 else ''}" for n in lengths)]
+    yield "Candidates and tokens", [about, "", *markdown(header, rows)]
+
+
 def readouts_section(folder: Path) -> Iterator[Section]:
     """Loss of the read-outs (:mod:`corec.studies.readouts`)."""
     table = pd.read_csv(folder / "readouts.csv")
@@ -167,6 +206,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "seeds.csv": retriever_sections,
     "readouts.csv": readouts_section,
     "orders.csv": orders_section,
+    "ablations.csv": ablations_sections,
+    "surface.csv": surface_section,
     "efficiency.csv": efficiency_sections,
     "data.csv": bench_sections,
 }

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from corec import CorecError
+from corec.conflicts import conflict
 
 
 class Model(BaseModel):
@@ -202,7 +203,9 @@ class EvidenceParams(Model):
     steps: int = Field(3, ge=1)  # transitions: item j follows item i within this number of steps
     recent: int = Field(6, ge=1)  # latest items of the evidence from recent items
     history: int = Field(100, ge=1)  # latest items of the evidence from the whole history
-    text: str | None = None  # language model that embeds the titles, as reranker.backbone; empty: no evidence from text
+    # Model that embeds the titles: `minilm` (an encoder of sentences), or a language model as in reranker.backbone; empty: no
+    # evidence from text.
+    text: str | None = None
     folds: int = Field(5, ge=2)  # parts of the users for out-of-fold scores
 
 
@@ -218,6 +221,9 @@ class RerankerParams(Model):
     # late: the request as a whole, or the sum over its constraints of the probability that the candidate meets each.
     control: Literal["request", "constraints"] = "request"
     prior: bool = False  # add the combiner's score (evidence.combiner), times a learned gate
+    # Width of the retriever's states that are put into each candidate's line as a soft token (CoLLM): twice sasrec.hidden, for
+    # the item and the user. 0: none.
+    soft_width: int = Field(0, ge=0)
     control_logits: float = Field(8.0, gt=0)  # constraints, listwise: score of one constraint met, at strength 1
     request_position: Literal["before", "after"] = "after"
     values: Literal["token", "words"] = "token"  # attribute values as one new token each, or as words
@@ -329,6 +335,9 @@ class StudyParams(Model):
     readout_steps: int = Field(40, ge=0)  # 08: steps of each read-out on the plain prompt; 0 omits this comparison
     order_minutes: float = Field(4, ge=0)  # 08: training time of each order of the prompt; 0 omits this comparison
     orders: list[Order] = []  # 08: restrict the orders to these
+    ablations: list[str] = []  # 08: variants of the re-ranker (see corec.studies.ablations.VARIANTS); empty omits this comparison
+    surface: list[int] = []  # 08: numbers of candidates under which the variant `corec` is also evaluated; empty omits this
+    ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
 
 
@@ -356,43 +365,6 @@ class Params(Model):
 
     @model_validator(mode="after")
     def _sections_go_together(self) -> Self:
-        few = [k for k in self.reranker.curriculum_k if not 2 <= k <= self.controls.k]
-        if few:
-            raise ValueError(
-                f"parameter 'reranker.curriculum_k' lists {few[0]}: list numbers from 2 to controls.k ({self.controls.k})."
-            )
-        if self.reranker.loss == "truth" and (self.controls.train_truth == "any" or self.reranker.curriculum_steps):
-            raise ValueError(
-                "parameter 'reranker.loss' 'truth' needs the true next item in every training prompt: set controls.train_truth to "
-                "'retrieved' or 'inserted', and reranker.curriculum_steps to 0."
-            )
-        if self.sasrec.top_k < self.controls.k:
-            raise ValueError(
-                f"parameter 'sasrec.top_k' is {self.sasrec.top_k}, fewer than the {self.controls.k} candidates of "
-                "controls.k: raise sasrec.top_k or lower controls.k."
-            )
-        if self.reranker.prior and self.evidence.combiner == "none":
-            raise ValueError(
-                "parameter 'reranker.prior' needs the scores of a combiner: set evidence.combiner to 'linear', 'lambdarank' or "
-                "'best'."
-            )
-        if (wide := self.controls.pool != ["sasrec"]) and len(set(self.controls.pool)) != len(self.controls.pool):
-            raise ValueError(f"parameter 'controls.pool' is {self.controls.pool}: list each source once.")
-        if wide and (not self.controls.pool or self.evidence.combiner == "none"):
-            raise ValueError(
-                "parameter 'controls.pool' lists sources that are merged by evidence: list at least one, and set "
-                "evidence.combiner to 'linear', 'lambdarank' or 'best'."
-            )
-        if "text" in self.controls.pool and self.evidence.text is None:
-            raise ValueError("parameter 'controls.pool' lists 'text': set evidence.text to a language model, or leave it out.")
-        if self.evidence.combiner != "none" and not self.data.held_back:
-            raise ValueError(
-                "parameter 'evidence.combiner' needs training windows that no statistic has seen: set data.held_back to 4 or "
-                "more, or evidence.combiner to 'none'."
-            )
-        if (k := self.figures.k) not in self.evaluation.ks or k >= self.controls.k:
-            raise ValueError(
-                f"parameter 'figures.k' is {k}: choose one of evaluation.ks ({self.evaluation.ks}) below controls.k "
-                f"({self.controls.k})."
-            )
+        if fault := conflict(self):
+            raise ValueError(fault)
         return self

@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "evaluation": ("data", "controls", "reranker"),
     "figures": ("evaluation",),
     "retriever_study": ("data", "sasrec"),
-    "prompt_study": ("data", "controls"),
+    "prompt_study": ("data", "sasrec", "controls"),
     "efficiency": ("data", "sasrec", "controls", "reranker"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.

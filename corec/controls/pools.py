@@ -124,8 +124,8 @@ class Pools(NamedTuple):
         places = np.sort(rng.random(self.candidates.shape).argsort(axis=1)[:, :k], axis=1)
         kept = places == self.truth[:, None]
         truth = np.where(kept.any(axis=1), kept.argmax(axis=1), -1)
-        arrays = (np.take_along_axis(values, places, axis=1) for values in self[1:4])
-        return Pools(self.window, *arrays, truth)
+        items, ranks, scores = (np.take_along_axis(values, places, axis=1) for values in self[1:4])
+        return Pools(self.window, items, ranks, scores, truth)
 
 
 def place_of(target: np.ndarray, items: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Embeddings of titles from the hidden states of a language model."""
+"""Embeddings of titles: by an encoder of sentences, or from the hidden states of a language model."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,20 +11,18 @@ from corec import backbones, machine
 WIDTH = 64  # components after whitening
 
 
-@torch.inference_mode()
-def title_embeddings(titles: list[str], backbone: str, length: int = 24, batch: int = 64) -> np.ndarray:
-    """Embed every title once: mean over layers and tokens of the states of `backbone`, whitened, of length 1.
-
-    Means of states are nearly equal for all texts, because a few directions dominate them; whitening (principal components
-    scaled to unit variance; Su et al., *Whitening Sentence Representations for Better Semantics and Faster Retrieval*, 2021)
-    removes them.
+def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int = 64) -> np.ndarray:
+    """Embed every title once, as a vector of length 1.
 
     Parameters
     ----------
     titles
         Titles of the items 1 … n.
-    backbone
-        Name of a language model (see :mod:`corec.backbones`).
+    model
+        ``minilm``: mean of the last states of all-MiniLM-L6-v2, as it was trained. Otherwise the name of a language model (see
+        :mod:`corec.backbones`): mean over layers and tokens of its states, whitened. Means of such states are nearly equal for
+        all texts, because a few directions dominate them; whitening (principal components scaled to unit variance; Su et al.,
+        *Whitening Sentence Representations for Better Semantics and Faster Retrieval*, 2021) removes them.
     length, batch
         Tokens of a title, and titles of a pass.
 
@@ -30,7 +30,19 @@ def title_embeddings(titles: list[str], backbone: str, length: int = 24, batch: 
     -------
     Embeddings [items + 1, width]; row 0 (padding) is zero.
     """
-    model, tokenizer = backbones.load(backbone, torch.float32, "evidence.text")
+    if model == "minilm":
+        found = mean_states(*backbones.sentence_encoder(), titles, length, batch, last=True)
+    else:
+        causal, tokenizer = backbones.load(model, torch.float32, "evidence.text")
+        means = mean_states(causal.base_model, tokenizer, titles, length, batch, last=False)
+        found = PCA(min(WIDTH, len(means) - 1, means.shape[1]), whiten=True, random_state=0).fit_transform(means)
+    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+    return np.concatenate([np.zeros((1, found.shape[1])), found]).astype(np.float32)
+
+
+@torch.inference_mode()
+def mean_states(model: Any, tokenizer: Any, titles: list[str], length: int, batch: int, last: bool) -> np.ndarray:
+    """States [titles, hidden] of `model`, mean over the tokens of each title, of the last layer or mean over all layers."""
     model = model.to(machine.device()).eval()
     tokenizer.padding_side = "right"
     parts = []
@@ -40,10 +52,8 @@ def title_embeddings(titles: list[str], backbone: str, length: int = 24, batch: 
             texts, padding=True, truncation=True, max_length=length, return_tensors="pt", split_special_tokens=True
         )
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        states = torch.stack(model.base_model(**inputs, output_hidden_states=True).hidden_states[1:]).mean(0)
+        layers = model(**inputs, output_hidden_states=True).hidden_states[1:]
+        states = layers[-1] if last else torch.stack(layers).mean(0)
         real = inputs["attention_mask"][..., None].float()
         parts.append(((states * real).sum(1) / real.sum(1)).cpu().numpy())
-    means = np.concatenate(parts)
-    whitened = PCA(min(WIDTH, len(means) - 1, means.shape[1]), whiten=True, random_state=0).fit_transform(means)
-    whitened /= np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-9)
-    return np.concatenate([np.zeros((1, whitened.shape[1])), whitened]).astype(np.float32)
+    return np.concatenate(parts)

@@ -71,7 +71,7 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
     reranker.model.eval()
     batch = collate([row._replace(suffixes=[])], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
     cache = DynamicCache()
-    states = reranker.states(batch.ids, batch.positions, batch.mask, cache)
+    states = reranker.states(reranker.inputs(batch), batch.positions, batch.mask, cache)
     candidates = reranker.head.pool(batch.candidates, states) if reranker.params.readout == "late" else None
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     return Prefix(layers, len(row.prefix), candidates, len(row.spans))
@@ -107,12 +107,12 @@ def answer(reranker: Reranker, prefix: Prefix, row: Row, strength: float = 1.0) 
     limit, longest = reranker.prompter.limit, max(map(len, row.suffixes))
     if limit and prefix.length + longest > limit:
         raise CorecError(f"A request of {longest} tokens behind {prefix.length} exceeds the backbone's {limit}: shorten it.")
-    asked = row._replace(prefix=[], spans=[])
+    asked = row._replace(prefix=[], spans=[], soft=None)
     batch = collate([asked], reranker.tokenizer.pad_token_id, reranker.params.pooling, reranker.device)
     prefix_mask = torch.ones(1, 1, batch.ids.shape[1], prefix.length, dtype=torch.bool, device=reranker.device)
     mask = torch.cat([prefix_mask, batch.mask], dim=-1)
     cache = prefix.layers if reranker.fused else DynamicCache(prefix.layers)
-    states = reranker.states(batch.ids, batch.positions + prefix.length, mask, cache)
+    states = reranker.states(reranker.inputs(batch), batch.positions + prefix.length, mask, cache)
     if prefix.candidates is None:
         parts = reranker.index_parts(reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)[None])
     else:

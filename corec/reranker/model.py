@@ -65,13 +65,21 @@ class Reranker:
         new = F.embedding(place.clamp(min=0), rows) * getattr(table, "embed_scale", 1.0)
         return torch.where((place >= 0)[..., None], new.to(table.weight.dtype), table(ids))
 
-    def states(self, ids: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
+    def inputs(self, batch: Batch) -> Tensor:
+        """Input embeddings [batch, L, hidden] of a batch, with the projected states of the retriever where it has them."""
+        embedded = self.embed(batch.ids)
+        if batch.soft is None or not self.params.soft_width:
+            return embedded
+        rows = torch.arange(len(embedded), device=embedded.device)[:, None]
+        return embedded.index_put((rows, batch.starts), self.head.soft(batch.soft).to(embedded.dtype), accumulate=True)
+
+    def states(self, embedded: Tensor, positions: Tensor | None, mask: Tensor, cache: Any = None) -> Sequence[Tensor]:
         """Hidden states of the layers that the read-out uses.
 
         Parameters
         ----------
-        ids
-            Token ids [batch, L].
+        embedded
+            Input embeddings [batch, L, hidden].
         positions
             Position ids [batch, L]; None for those of the model.
         mask
@@ -86,9 +94,9 @@ class Reranker:
         """
         mixed = self.params.readout != "index" and self.params.layers == "mix"
         if self.fused is not None and positions is not None:
-            return self.fused(self.embed(ids), positions, mask, cache, every=mixed)  # type: ignore[no-any-return]
+            return self.fused(embedded, positions, mask, cache, every=mixed)  # type: ignore[no-any-return]
         output = self.causal.base_model(
-            inputs_embeds=self.embed(ids),
+            inputs_embeds=embedded,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=cache,
@@ -126,7 +134,8 @@ class Reranker:
     def parts(self, rows: Sequence[Row]) -> tuple[Parts, Tensor | None]:
         """Parts of the scores of the rows, and their prior [rows, K] if the model has one."""
         batch = collate(rows, self.tokenizer.pad_token_id, self.params.pooling, self.device)
-        layers = self.states(batch.ids, batch.positions, batch.mask) if self.packs else self.states(batch.ids, None, batch.real)
+        embedded = self.inputs(batch)
+        layers = self.states(embedded, batch.positions, batch.mask) if self.packs else self.states(embedded, None, batch.real)
         prior = batch.prior if self.params.prior else None
         if self.params.readout == "index":
             last = layers[-1][torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
@@ -299,6 +308,7 @@ def zero_shot(items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParam
         "control": "request",
         "prior": False,
         "loss": "ranknet",
+        "soft_width": 0,
     }
     return build(items, vocabulary, params.model_copy(update=plain), seed=0, adapted=False)
 

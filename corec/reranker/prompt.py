@@ -19,6 +19,7 @@ from corec.controls import Vocabulary
 from corec.params import RerankerParams
 
 MAX_K = 50  # maximum number of candidates in a prompt
+SOFT = "<item>"  # token at the start of a candidate's line, to whose embedding the retriever's states are added
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -44,8 +45,8 @@ def value_token(vocabulary: Vocabulary, value: int) -> str:
 def new_tokens(vocabulary: Vocabulary, params: RerankerParams) -> dict[str, str]:
     """Tokens to add to the vocabulary, each mapped to the text that initialises its embedding row.
 
-    One token per attribute; with ``values: token`` one per attribute value; with read-out ``index`` one per candidate
-    position, :data:`MAX_K` in all.
+    One token per attribute; with ``values: token`` one per attribute value; with ``soft_width`` the token :data:`SOFT`; with
+    read-out ``index`` one per candidate position, :data:`MAX_K` in all.
     """
     tokens = {f"<{attribute.name}>": f" {attribute.name}" for attribute in vocabulary.attributes}
     if params.values == "token":
@@ -53,6 +54,8 @@ def new_tokens(vocabulary: Vocabulary, params: RerankerParams) -> dict[str, str]
             value_token(vocabulary, value): f" {vocabulary.attributes[vocabulary.attribute_of[value]].name} {label}"
             for value, label in enumerate(vocabulary.labels)
         }
+    if params.soft_width:
+        tokens[SOFT] = " item"
     if params.readout == "index":
         tokens |= {index_token(place): f" {letters(place)}" for place in range(MAX_K)}
     return tokens
@@ -104,6 +107,7 @@ class Row(NamedTuple):
     # Start and end (exclusive) of each constraint in its suffix, by request; equal if the constraint could not be drawn.
     constraints: list[list[tuple[int, int]]] = []
     prior: np.ndarray | None = None  # scores of the combiner [K]
+    soft: np.ndarray | None = None  # states of the retriever [K, soft_width]
 
     def only(self, *requests: int) -> "Row":
         """The row with these requests only."""
@@ -248,6 +252,8 @@ class Prompter:
             start = len(ids)
             if self.params.readout == "index":
                 ids.append(self._ids[index_token(place)])
+            if self.params.soft_width:
+                ids.append(self._ids[SOFT])
             ids += ([] if plain else self.titles[item][:titles]) + self.described[item] + self.newline
             spans.append((start, len(ids)))
         if before:
@@ -267,7 +273,9 @@ class Batch(NamedTuple):
     requests: Tensor  # [batch, R, L] weights that pool token states into request states
     answers: Tensor  # [batch, R] index of the last token of each suffix
     constraints: Tensor  # [batch, R, n, L] weights that pool token states into constraint states
+    starts: Tensor  # [batch, K] index of the first token of each candidate's line
     prior: Tensor | None  # [batch, K] scores of the combiner
+    soft: Tensor | None  # [batch, K, soft_width] states of the retriever
 
 
 def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | str = "cpu") -> Batch:
@@ -293,13 +301,14 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
     ids, positions = np.full((n, size), pad), np.zeros((n, size), dtype=int)
     segments = np.full((n, size), -1)  # 0 = prefix, 1 … R = suffix, -1 = padding
     candidates, requests = np.zeros((n, k, size), dtype=np.float32), np.zeros((n, r, size), dtype=np.float32)
-    answers = np.zeros((n, r), dtype=int)
+    answers, starts = np.zeros((n, r), dtype=int), np.zeros((n, k), dtype=int)
     most = max((len(places) for row in rows for places in row.constraints), default=0)
     constraints = np.zeros((n, r, most, size), dtype=np.float32)
     for b, row in enumerate(rows):
         end = len(row.prefix)
         ids[b, :end], positions[b, :end], segments[b, :end] = row.prefix, np.arange(end), 0
         for place, (first, last) in enumerate(row.spans):
+            starts[b, place] = first
             first = last - 1 if pooling == "end" else first
             candidates[b, place, first:last] = 1 / (last - first)
         start = end
@@ -318,9 +327,10 @@ def collate(rows: Sequence[Row], pad: int, pooling: str, device: torch.device | 
     mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
     mask = mask & (segment_ids >= 0)[:, :, None] & torch.ones(size, size, dtype=torch.bool).tril()
     mask = mask | torch.eye(size, dtype=torch.bool)
-    arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers, constraints)]
+    arrays = [torch.from_numpy(values) for values in (ids, positions, candidates, requests, answers, constraints, starts)]
     arrays[2:2] = [mask[:, None], segment_ids >= 0]
-    priors = [row.prior for row in rows if row.prior is not None]
-    prior = torch.from_numpy(np.stack(priors)).to(device) if len(priors) == len(rows) else None
-    tensors = [values.to(device) for values in arrays]
-    return Batch(*tensors, prior)  # type: ignore[call-arg]
+    tensors: list[Tensor | None] = [values.to(device) for values in arrays]
+    for parts in ([row.prior for row in rows], [row.soft for row in rows]):
+        given = [part for part in parts if part is not None]
+        tensors.append(torch.from_numpy(np.stack(given)).to(device) if len(given) == len(rows) else None)
+    return Batch(*tensors)  # type: ignore[arg-type]

@@ -73,6 +73,9 @@ class Head(nn.Module):
             self.request.weight = nn.Parameter(self.candidate.weight.detach().clone())
         if params.control == "constraints":
             self.scale, self.shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
+        if params.soft_width:
+            self.soft = nn.Linear(params.soft_width, hidden, bias=False)
+            nn.init.zeros_(self.soft.weight)
         if params.prior:
             self.gate = nn.Linear(hidden, 1)
             nn.init.zeros_(self.gate.weight)

@@ -24,9 +24,15 @@ class Examples(NamedTuple):
     history: dict[int, list[int]]
     prepared: controls.Prepared
     prior: Mapping[int, np.ndarray] = {}  # scores of the combiner [K], in the order of the pool
+    soft: Mapping[int, np.ndarray] = {}  # states of the retriever [K, soft_width], in the order of the pool
 
 
-def load_examples(windows: pd.DataFrame, prepared: controls.Prepared, priors: Mapping[str, np.ndarray] | None = None) -> Examples:
+def load_examples(
+    windows: pd.DataFrame,
+    prepared: controls.Prepared,
+    priors: Mapping[str, np.ndarray] | None = None,
+    soft: Mapping[str, np.ndarray] | None = None,
+) -> Examples:
     """Combine the histories of the windows in `prepared` with their pools.
 
     Parameters
@@ -37,15 +43,21 @@ def load_examples(windows: pd.DataFrame, prepared: controls.Prepared, priors: Ma
         Result of stage 03, which may keep only a sample of the windows.
     priors
         Scores of the combiner [windows, K] by split (see :func:`corec.scores.load_evidence`); needed with ``reranker.prior``.
+    soft
+        States of the retriever [windows, K, width] by split (see :func:`corec.sasrec.soft_states`); needed with
+        ``reranker.soft_width``.
     """
     sampled = np.concatenate([pools.window for pools in prepared.pools.values()])
     rows = windows.set_index("window").loc[sampled, "history"]
-    prior = {
-        window: row
-        for split, part in (priors or {}).items()
-        for window, row in zip(prepared.pools[split].window, part, strict=True)
-    }
-    return Examples({window: list(history) for window, history in rows.items()}, prepared, prior)
+    prior, states = (
+        {
+            window: row
+            for split, part in (parts or {}).items()
+            for window, row in zip(prepared.pools[split].window, part, strict=True)
+        }
+        for parts in (priors, soft)
+    )
+    return Examples({window: list(history) for window, history in rows.items()}, prepared, prior, states)
 
 
 def fingerprint(examples: Examples) -> str:
@@ -86,7 +98,8 @@ def make_rows(
         groups = [of_window] if shared else [[request] for request in of_window]
         made = (reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain) for group in groups)
         prior = examples.prior[window] if reranker.params.prior else None
-        rows += [row._replace(prior=prior) for row in made]
+        soft = examples.soft[window] if reranker.params.soft_width else None
+        rows += [row._replace(prior=prior, soft=soft) for row in made]
     return rows
 
 

@@ -14,6 +14,7 @@ from corec.sasrec.ranking import (
     rank_targets,
     ranking_metrics,
     retrieve,
+    soft_states,
     window_states,
 )
 from corec.sasrec.training import Trained, batches, load, load_candidates, padding_share, pieces, save, train, train_epoch
@@ -41,6 +42,7 @@ __all__ = [
     "ranking_metrics",
     "retrieve",
     "save",
+    "soft_states",
     "train",
     "train_epoch",
     "window_states",

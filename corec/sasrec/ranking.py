@@ -249,3 +249,27 @@ def window_states(model: SASRec, interactions: pd.DataFrame, windows: pd.DataFra
         which = torch.from_numpy(np.array([place[user] for user in owner[group]]) - start)
         states[group] = encoded[which, torch.from_numpy(position[group] - 1)]
     return states
+
+
+@torch.inference_mode()
+def soft_states(
+    model: SASRec, interactions: pd.DataFrame, windows: pd.DataFrame, candidates: np.ndarray, params: SasrecParams
+) -> np.ndarray:
+    """States of the retriever for soft tokens [windows, K, 2 * hidden]: of each candidate, then of the user before the target.
+
+    Each half is scaled to unit variance.
+
+    Parameters
+    ----------
+    model, interactions, params
+        As for :func:`window_states`.
+    windows
+        Windows, in the order of `candidates`.
+    candidates
+        Items [windows, K].
+    """
+    users = window_states(model, interactions, windows, params).cpu().numpy()
+    items = model.items.weight.detach().cpu().numpy()
+    items, users = items / items.std(), users / users.std()
+    repeated = np.broadcast_to(users[:, None], (*candidates.shape, users.shape[1]))
+    return np.concatenate([items[candidates], repeated], axis=-1).astype(np.float32)

@@ -1,0 +1,72 @@
+"""Parameters of different sections that do not go together (`params` is a :class:`corec.params.Params`, which is above this)."""
+
+from typing import Any
+
+
+def conflict(params: Any) -> str | None:
+    """Describe the first conflict between sections of `params` as a sentence with a remedy; None if there is none."""
+    return in_candidates(params) or in_evidence(params) or in_reranker(params)
+
+
+def in_candidates(params: Any) -> str | None:
+    """Conflicts of the numbers of candidates and cut-offs."""
+    if params.sasrec.top_k < params.controls.k:
+        return (
+            f"parameter 'sasrec.top_k' is {params.sasrec.top_k}, fewer than the {params.controls.k} candidates of "
+            "controls.k: raise sasrec.top_k or lower controls.k."
+        )
+    if (k := params.figures.k) not in params.evaluation.ks or k >= params.controls.k:
+        return (
+            f"parameter 'figures.k' is {k}: choose one of evaluation.ks ({params.evaluation.ks}) below controls.k "
+            f"({params.controls.k})."
+        )
+    return None
+
+
+def in_evidence(params: Any) -> str | None:
+    """Conflicts of the evidence, the pools and the prior."""
+    pool, without = params.controls.pool, params.evidence.combiner == "none"
+    if params.reranker.prior and without:
+        return (
+            "parameter 'reranker.prior' needs the scores of a combiner: set evidence.combiner to 'linear', 'lambdarank' or "
+            "'best'."
+        )
+    if (wide := pool != ["sasrec"]) and len(set(pool)) != len(pool):
+        return f"parameter 'controls.pool' is {pool}: list each source once."
+    if wide and (not pool or without):
+        return (
+            "parameter 'controls.pool' lists sources that are merged by evidence: list at least one, and set "
+            "evidence.combiner to 'linear', 'lambdarank' or 'best'."
+        )
+    if "text" in pool and params.evidence.text is None:
+        return "parameter 'controls.pool' lists 'text': set evidence.text to a language model, or leave it out."
+    if not without and not params.data.held_back:
+        return (
+            "parameter 'evidence.combiner' needs training windows that no statistic has seen: set data.held_back to 4 or "
+            "more, or evidence.combiner to 'none'."
+        )
+    return None
+
+
+def in_reranker(params: Any) -> str | None:
+    """Conflicts of the re-ranker's training with other sections."""
+    reranker, width = params.reranker, 2 * params.sasrec.hidden
+    for k in reranker.curriculum_k:
+        if not 2 <= k <= params.controls.k:
+            return f"parameter 'reranker.curriculum_k' lists {k}: list numbers from 2 to controls.k ({params.controls.k})."
+    if reranker.curriculum_k and (reranker.prior or reranker.soft_width):
+        return (
+            "parameter 'reranker.curriculum_k' makes pools that have no prior and no soft tokens: set reranker.prior to false "
+            "and reranker.soft_width to 0."
+        )
+    if reranker.soft_width not in (0, width) or (reranker.soft_width and reranker.readout == "index"):
+        return (
+            f"parameter 'reranker.soft_width' is {reranker.soft_width}: set it to 0, or to twice sasrec.hidden ({width}) and "
+            "reranker.readout to 'late' or 'candidate'."
+        )
+    if reranker.loss == "truth" and (params.controls.train_truth == "any" or reranker.curriculum_steps):
+        return (
+            "parameter 'reranker.loss' 'truth' needs the true next item in every training prompt: set controls.train_truth to "
+            "'retrieved' or 'inserted', and reranker.curriculum_steps to 0."
+        )
+    return None

@@ -1,0 +1,205 @@
+"""Variants of the re-ranker, and one re-ranker under other numbers of candidates."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_prior import params as with_prior
+from test_reranker import World, unlike_start
+
+from corec import CorecError, controls, pages, reranker, sasrec
+from corec.params import EvaluationParams, Params, RerankerParams, SasrecParams
+from corec.reranker import engine
+from corec.reranker.training import loss_of
+from corec.studies import ablations, surface
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    world = World(atomic)
+    rng, hidden = np.random.default_rng(0), 8
+    pools_of = world.prepared.pools
+    priors = {split: rng.normal(size=pools.candidates.shape).astype(np.float32) for split, pools in pools_of.items()}
+    states = {
+        split: rng.normal(size=(*pools.candidates.shape, 2 * hidden)).astype(np.float32) for split, pools in pools_of.items()
+    }
+    world.examples = reranker.load_examples(world.tables.windows, world.prepared, priors, states)
+    return world
+
+
+def settings(world: World, **study: object) -> Params:
+    made = with_prior(world, steps=4, curriculum_steps=2)
+    return made.model_copy(
+        update={
+            "study": made.study.model_copy(update=study),
+            "sasrec": SasrecParams(hidden=8),
+            "controls": made.controls.model_copy(update={"train_truth": "inserted"}),
+            "evaluation": EvaluationParams(bootstrap=20, strengths=[0, 0.5, 1]),
+        }
+    )
+
+
+def users(world: World) -> np.ndarray:
+    return world.tables.windows.set_index("window").loc[world.prepared.pools["test"].window, "user"].to_numpy()
+
+
+def test_every_variant_is_trained_once_judged_and_shown(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = settings(world, ablations=list(ablations.VARIANTS))
+    found = ablations.compare(world.tables.items, world.examples, own, tmp_path / "stage")
+    assert list(found) == list(ablations.VARIANTS)
+    shape = (len(world.prepared.pools["test"].window), 3, 6)
+    assert all(part.total().shape == shape and np.isfinite(part.total()).all() for part in found.values())
+    assert not found["without prior"].prior.any() and found["corec"].prior.any()
+    assert (found["corec"].relevance == found["shuffled-tokens"].relevance).all(), "one model under other requests"
+    monkeypatch.setattr(ablations, "train", None)
+    again = ablations.compare(world.tables.items, world.examples, own, tmp_path / "stage")
+    assert all((again[name].total() == part.total()).all() for name, part in found.items())
+
+    text = np.random.default_rng(0).random((shape[0], 6))
+    table = ablations.judge(found, world.examples, users(world), own, text)
+    whole = table[table["variant"] == "corec"]
+    assert (whole[whole["metric"] != "gap"]["ahead"] == 0).all()
+    assert set(table["variant"]) == {*ablations.VARIANTS, *ablations.SIMPLE}
+    assert "without prior" not in set(table[table["metric"] == "gap"]["variant"]), "it has no frontier with the boost's scale"
+    (tmp_path / "figures").mkdir()
+    ablations.keep(table, tmp_path / "figures")
+    page = (tmp_path / "figures" / "results.md").read_text()
+    assert "| `frozen-rows` |" in page and page == pages.study_page(tmp_path / "figures")
+
+
+def test_an_interrupted_variant_starts_again_and_an_unknown_one_is_named(world: World, tmp_path: Path) -> None:
+    own = settings(world, ablations=["no match loss"])
+    found = ablations.compare(world.tables.items, world.examples, own, tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:100])
+    again = ablations.compare(world.tables.items, world.examples, own, tmp_path)
+    np.testing.assert_array_equal(again["no match loss"].total(), found["no match loss"].total())
+    with pytest.raises(CorecError, match=r"study.ablations lists 'none': choose from corec, "):
+        ablations.compare(world.tables.items, world.examples, settings(world, ablations=["none"]), tmp_path)
+
+
+def test_exchanged_requests_never_keep_a_value() -> None:
+    requests = [np.array([[0, -1], [3, 2]]), np.empty((2, 0), dtype=int)]
+    for seed in range(20):
+        first, second = ablations.exchanged(requests, 4, seed)
+        assert (first == -1).tolist() == [[False, True], [False, False]] and second.shape == (2, 0)
+        assert not (first == requests[0])[requests[0] >= 0].any() and first.max() < 4
+
+
+def test_frozen_rows_keep_their_values_and_soft_tokens_learn(world: World) -> None:
+    own = settings(world)
+    for name, moves in (("frozen-rows", False), ("corec", True)):
+        model = world.build(ablations.variant(own, name))
+        before = model.trainable()[
+            "model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"
+        ].clone()
+        reranker.train(model, world.examples, ablations.variant(own, name), None)
+        after = model.trainable()["model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
+        assert torch.equal(before, after) != moves
+    soft = ablations.variant(own, "soft tokens")
+    model = world.build(soft)
+    reranker.train(model, world.examples, soft, None)
+    assert model.head.soft.weight.abs().sum() > 0
+
+
+def test_soft_tokens_change_the_scores_and_are_kept_in_a_prefix(world: World) -> None:
+    own = ablations.variant(settings(world), "soft tokens")
+    model = world.build(own)
+    unlike_start(model)
+    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
+    scores = reranker.score(model, world.examples, world.pools, world.requests)
+    blank = world.examples._replace(soft={window: 0 * states for window, states in world.examples.soft.items()})
+    assert np.abs(scores - reranker.score(model, blank, world.pools, world.requests)).max() > 1e-3
+    merged = engine.merge(model)
+    prefix = engine.prefill(merged, rows[2])
+    np.testing.assert_allclose(engine.answer(merged, prefix, rows[2]).numpy(), scores[2], atol=1e-4)
+
+
+def test_soft_states_are_those_of_the_candidates_and_the_user(world: World) -> None:
+    own = SasrecParams(hidden=8, max_length=5)
+    model = sasrec.SASRec(len(world.tables.items), own)
+    windows = world.tables.windows.set_index("window", drop=False).loc[world.pools.window]
+    states = sasrec.soft_states(model, world.tables.interactions, windows, world.pools.candidates, own)
+    assert states.shape == (*world.pools.candidates.shape, 16) and states.dtype == np.float32
+    assert (states[:, 0, 8:] == states[:, 5, 8:]).all(), "one user state for all candidates"
+    items = model.items.weight.detach().numpy()
+    np.testing.assert_allclose(states[3, 2, :8], items[world.pools.candidates[3, 2]] / items.std(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"curriculum_k": [1]}, "curriculum_k' lists 1: list numbers from 2 to controls.k"),
+        ({"curriculum_k": [7]}, "curriculum_k' lists 7"),
+        ({"soft_width": 6}, "soft_width' is 6: set it to 0, or to twice sasrec.hidden"),
+        ({"loss": "truth", "curriculum_steps": 2}, "'truth' needs the true next item"),
+    ],
+)
+def test_parameters_that_do_not_go_together(world: World, changes: dict[str, object], message: str) -> None:
+    own = world.params()
+    with pytest.raises(CorecError, match=message):
+        own.model_copy(update={"reranker": own.reranker.model_copy(update=changes)})
+
+
+def test_the_curriculum_grows_the_pools(world: World) -> None:
+    own = world.params(curriculum_k=[2, 4], curriculum_steps=4, steps=2)
+    sizes = [reranker.training_batch(world.examples, own, step).pools.candidates.shape[1] for step in range(6)]
+    assert sizes == [2, 2, 4, 4, 6, 6]
+    curve = reranker.train(world.build(own), world.examples, own, None)
+    assert len(curve) == 6 and np.isfinite(curve["loss"]).all()
+
+
+def test_narrow_pools_keep_order_and_truth(world: World) -> None:
+    pools = world.prepared.pools["train"]
+    few = pools.narrow(3, np.random.default_rng(0))
+    assert few.candidates.shape == (len(pools.window), 3)
+    for i in range(len(pools.window)):
+        places = [pools.candidates[i].tolist().index(item) for item in few.candidates[i]]
+        assert places == sorted(places) and (few.retriever_rank[i] == pools.retriever_rank[i, places]).all()
+        truth = pools.candidates[i, pools.truth[i]] if pools.truth[i] >= 0 else None
+        assert (few.candidates[i, few.truth[i]] == truth) if few.truth[i] >= 0 else truth not in few.candidates[i]
+
+
+def test_what_a_request_asks_for() -> None:
+    met = np.array([[[True, True], [True, False], [False, False]]])
+    found = {target: controls.wanted(met, target)[0].tolist() for target in ("graded", "all", "mixture", "none")}
+    assert found == {"graded": [2, 1, 0], "all": [2, 0, 0], "mixture": [2, 0.5, 0], "none": [0, 0, 0]}
+
+
+def test_the_loss_of_the_true_item_is_its_cross_entropy(world: World) -> None:
+    own = RerankerParams(loss="truth", curriculum_steps=0)
+    targets = reranker.Targets.of_control(np.zeros((2, 1, 3), np.float32))
+    targets.truth[:, 1] = 1
+    scores = torch.tensor([[[0.0, 2.0, 1.0]], [[1.0, 0.0, 0.0]]])
+    parts = reranker.Parts(torch.zeros(2, 1, 3), scores)
+    wanted = torch.nn.functional.cross_entropy(scores[:, 0], torch.tensor([1, 1]))
+    assert loss_of(parts, None, targets, own).item() == pytest.approx(wanted.item())
+
+
+def test_one_model_under_other_numbers_of_candidates(world: World, tmp_path: Path) -> None:
+    own = world.params(steps=2)
+    own = own.model_copy(
+        update={"study": own.study.model_copy(update={"surface": [4, 8]}), "evaluation": EvaluationParams(bootstrap=20)}
+    )
+    rng, n = np.random.default_rng(0), len(world.tables.items)
+    found = [rng.permutation(np.arange(1, n + 1))[:8] for _ in range(len(world.tables.windows))]
+    frame = pd.DataFrame(
+        {"window": world.tables.windows["window"], "candidates": found, "scores": [np.arange(8, 0, -1.0)] * len(found)}
+    )
+    table = surface.measure(world.build(own), world.tables, frame, own)
+    assert set(table["K"]) == {4, 8} and set(table["model"]) == {"sasrec", "hard-filter", "rule", "corec"}
+    best = table[table["metric"] == "cp"].pivot(index=["K", "n_tokens"], columns="model", values="value")
+    assert (best["rule"] >= best["corec"]).all()
+    surface.keep(table, tmp_path)
+    assert "| 4 | `corec` |" in (tmp_path / "results.md").read_text() and (tmp_path / "surface.png").exists()
+
+
+def test_a_model_is_rebuilt_from_its_checkpoint(world: World, tmp_path: Path) -> None:
+    own = settings(world, ablations=[])
+    first, second = (ablations.trained(world.tables.items, world.examples, own, "corec", tmp_path) for _ in range(2))
+    assert dataclasses.is_dataclass(first)
+    scores = [reranker.score(each, world.examples, world.pools, world.requests) for each in (first, second)]
+    np.testing.assert_array_equal(*scores)
