@@ -5,7 +5,7 @@ from typing import Any
 
 def conflict(params: Any) -> str | None:
     """Describe the first conflict between sections of `params` as a sentence with a remedy; None if there is none."""
-    return in_candidates(params) or in_evidence(params) or in_reranker(params)
+    return in_candidates(params) or in_evidence(params) or in_reranker(params) or in_study(params)
 
 
 def in_candidates(params: Any) -> str | None:
@@ -64,9 +64,26 @@ def in_reranker(params: Any) -> str | None:
             f"parameter 'reranker.soft_width' is {reranker.soft_width}: set it to 0, or to twice sasrec.hidden ({width}) and "
             "reranker.readout to 'late' or 'candidate'."
         )
-    if reranker.loss == "truth" and (params.controls.train_truth == "any" or reranker.curriculum_steps):
+    if reranker.loss == "truth" and (
+        params.controls.train_truth == "any" or reranker.curriculum_steps or not reranker.truth_bonus
+    ):
         return (
-            "parameter 'reranker.loss' 'truth' needs the true next item in every training prompt: set controls.train_truth to "
-            "'retrieved' or 'inserted', and reranker.curriculum_steps to 0."
+            "parameter 'reranker.loss' 'truth' needs the true next item in every training prompt: set controls.train_truth "
+            "to 'retrieved' or 'inserted', reranker.curriculum_steps to 0, and reranker.truth_bonus to true."
         )
+    return None
+
+
+def in_study(params: Any) -> str | None:
+    """Conflicts of the studies with the retriever."""
+    surface, most = params.study.surface, min(50, params.sasrec.top_k)
+    if len(set(surface)) < len(surface) or any(not 2 <= k <= most for k in surface):
+        return f"parameter 'study.surface' is {surface}: list different numbers from 2 to {most} (sasrec.top_k, at most 50)."
+    if surface and params.figures.k >= min(surface):
+        return (
+            f"parameter 'study.surface' lists {min(surface)}: list numbers above figures.k ({params.figures.k}), the cut-off of "
+            "its metrics."
+        )
+    if surface and params.controls.pool != ["sasrec"]:
+        return "parameter 'study.surface' needs the candidates of SASRec: set controls.pool to [sasrec], or leave it empty."
     return None

@@ -18,6 +18,7 @@ from corec.params import Params
 SHOWN = "sasrec combiner hard-filter rule zero-shot no-token corec".split()  # the models of Figures 6 and 7
 PALETTE = dict(zip(SHOWN, sns.color_palette("colorblind", len(SHOWN)), strict=True))
 NAMES = {"ndcg": "NDCG", "cp": "CP"}
+FEW = 3  # largest number of control tokens in the summary
 
 
 def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
@@ -253,8 +254,9 @@ def both_metrics(table: pd.DataFrame, k: int) -> tuple[pd.DataFrame, pd.DataFram
     return control, table[(table["metric"] == "ndcg") & (table["k"] == k)]
 
 
-def summary_table(table: pd.DataFrame, k: int, order: Sequence[str]) -> list[str]:
-    """CP@k and NDCG@k of all models by number of constraints, as a Markdown table."""
+def summary_table(table: pd.DataFrame, k: int, order: Sequence[str], many: bool = False) -> list[str]:
+    """CP@k and NDCG@k of all models by number of constraints, as a Markdown table: up to :data:`FEW`, or more if `many`."""
+    table = table[(table["n_tokens"] > FEW) == many]
     header, rows = [""], [[MODEL_NAMES[model]] for model in order]
     for name, part in zip((f"CP@{k}", f"NDCG@{k}"), both_metrics(table, k), strict=True):
         wide = part.pivot(index="model", columns="n_tokens", values="value")
@@ -294,6 +296,8 @@ def results_page(
     lines = [f"# Results: {run['dataset']}", "", *([introduction, ""] if introduction else []), "## Summary", "", about, ""]
     control, relevance = both_metrics(table, k)
     lines += [*summary_table(table, k, order), ""]
+    if table["n_tokens"].max() > FEW:
+        lines += [f"## Summary, more than {FEW} tokens", "", about, "", *summary_table(table, k, order, many=True), ""]
     for other in others:
         protocol = other["protocol"].iloc[0]
         about = f"The same model, candidates and users under requests of the protocol `{protocol}`."

@@ -4,6 +4,7 @@
 table with two comments, of which the first names the section; :func:`embed` inserts the table.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -64,23 +65,27 @@ def ablations_sections(folder: Path) -> Iterator[Section]:
     table = pd.read_csv(folder / "ablations.csv")
     first, lengths = table.iloc[0], sorted(int(n) for n in table["n_tokens"].dropna().unique())
     about = (
-        f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {first['n_users']} test users, one training of "
-        f"{first['steps']} steps for each variant; strength 1."
+        f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {first['n_users']} test users, one training for "
+        "each variant; strength 1."
     )
+    k = first["k"]
     columns = [("ndcg", 0), *(("cp", n) for n in lengths if n), *(("ndcg", n) for n in lengths if n)]
-    header = ["", *(f"{metric.upper()}@5, {n} token{'s' if n != 1 else ''}" for metric, n in columns)]
+    header = ["", *(f"{metric.upper()}@{k}, {n} token{'s' if n != 1 else ''}" for metric, n in columns)]
     values, differences = [], []
     for variant, part in table[table["metric"] != "gap"].groupby("variant", sort=False):
         cells = part.set_index(["metric", "n_tokens"]).loc[columns]
-        values.append([f"`{variant!s}`", *(f"{value:.3f}" for value in cells["value"])])
+        steps = part["steps"].iloc[0]
+        values.append(
+            [f"`{variant!s}`", "" if math.isnan(steps) else str(int(steps)), *(f"{value:.3f}" for value in cells["value"])]
+        )
         ahead = zip(cells["ahead"], cells["ahead_low"], cells["ahead_high"], strict=True)
         if variant != "corec":
             differences.append([f"`{variant!s}`", *(f"{gain:+.3f} ({low:+.3f} to {high:+.3f})" for gain, low, high in ahead)])
-    yield "Ablations", [about, "", *markdown(header, values)]
+    yield "Ablations", [about, "", *markdown([header[0], "steps", *header[1:]], values)]
     yield "Ablations, differences from `corec`", ["Paired, with intervals over users.", "", *markdown(header, differences)]
     if len(gaps := table[table["metric"] == "gap"]):
         rows = [[f"`{r.variant}`", f"{r.value:+.4f} ({r.low:+.4f} to {r.high:+.4f})"] for r in gaps.itertuples()]
-        about = "NDCG@5 minus that of the boost at the same CP@5, mean over all strengths and numbers of tokens."
+        about = f"NDCG@{k} minus that of the boost at the same CP@{k}, mean over all strengths and numbers of tokens."
         yield "Ablations, against the boost's frontier", [about, "", *markdown(["", "difference"], rows)]
 
 
@@ -88,7 +93,9 @@ def surface_section(folder: Path) -> Iterator[Section]:
     """CP and NDCG by number of candidates and tokens (:mod:`corec.studies.surface`)."""
     table = pd.read_csv(folder / "surface.csv")
     first = table.iloc[0]
-    about = f"{first['dataset']}, protocol `{first['protocol']}`, {first['n_users']} test users; CP@5 (NDCG@5)."
+    about = (
+        f"{first['dataset']}, protocol `{first['protocol']}`, {first['n_users']} test users; CP@{first['k']} (NDCG@{first['k']})."
+    )
     lengths, rows = sorted(table["n_tokens"].unique()), []
     for (k, model), part in table.groupby(["K", "model"], sort=False):
         cells = part.set_index(["metric", "n_tokens"])["value"]

@@ -227,6 +227,7 @@ class RerankerParams(Model):
     control_logits: float = Field(8.0, gt=0)  # constraints, listwise: score of one constraint met, at strength 1
     request_position: Literal["before", "after"] = "after"
     values: Literal["token", "words"] = "token"  # attribute values as one new token each, or as words
+    show_attributes: bool = True  # the prompt lists the values of the items beside their titles
     title_tokens: int = Field(12, ge=1)  # tokens of a title; longer titles are cut
     lora_r: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
@@ -327,6 +328,13 @@ class EfficiencyParams(Model):
 Order = Literal["index, before", "candidate, before", "index, after", "late, after"]  # read-out, and position of the request
 
 
+Ablation = Literal[
+    "shuffled-tokens", "no-control-scores", "frozen-rows", "plain-words", "llamarec", "without prior", "ranknet",
+    "ranknet, request as a whole", "listwise, request as a whole", "no truth bonus", "no match loss", "ordinary rate of the gate",
+    "all or nothing", "mixture", "more requests without tokens", "soft tokens", "twice the steps",
+]  # fmt: skip
+
+
 class StudyParams(Model):
     """Stages 07 and 08: comparisons. Each study writes to the folder of its own run."""
 
@@ -335,7 +343,7 @@ class StudyParams(Model):
     readout_steps: int = Field(40, ge=0)  # 08: steps of each read-out on the plain prompt; 0 omits this comparison
     order_minutes: float = Field(4, ge=0)  # 08: training time of each order of the prompt; 0 omits this comparison
     orders: list[Order] = []  # 08: restrict the orders to these
-    ablations: list[str] = []  # 08: variants of the re-ranker (see corec.studies.ablations.VARIANTS); empty omits this comparison
+    ablations: list[Ablation] = []  # 08: variants of the re-ranker (see corec.studies.ablations); empty omits this comparison
     surface: list[int] = []  # 08: numbers of candidates under which the variant `corec` is also evaluated; empty omits this
     ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation

@@ -162,14 +162,20 @@ def check(params: Params, origin: str) -> None:
         backbone is not known, not a folder, and not of the form of a hub name.
     """
     names = [attribute.name for attribute in schemes.choose(params.controls.scheme, params.controls.attributes)]
-    if (most := max(params.controls.n_tokens)) > len(names):
+    for parameter, lengths in (
+        ("controls.n_tokens", params.controls.n_tokens),
+        ("reranker.train_tokens", params.reranker.train_tokens or [0]),
+    ):
+        if (most := max(lengths)) <= len(names):
+            continue
         raise CorecError(
-            f"{origin}: parameter 'controls.n_tokens' asks for {most} constraints, but only {len(names)} attributes are under "
+            f"{origin}: parameter {parameter!r} asks for {most} constraints, but only {len(names)} attributes are under "
             f"control ({', '.join(names)}): lower it."
         )
     named = {"reranker.backbone": params.reranker, "data.tagger": params.data, "evidence.text": params.evidence}
     for parameter, backbone in ((name, getattr(part, name.split(".")[1])) for name, part in named.items()):
-        if backbone is None or backbone in BACKBONES or (paths.from_root(backbone) / "config.json").exists():
+        encoder = parameter == "evidence.text" and backbone == "minilm"
+        if backbone is None or encoder or backbone in BACKBONES or (paths.from_root(backbone) / "config.json").exists():
             continue
         if backbone.startswith(("/", ".", "~")) or backbone.count("/") != 1:
             near = difflib.get_close_matches(backbone, BACKBONES, n=1, cutoff=0)[0]

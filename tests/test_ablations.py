@@ -1,6 +1,5 @@
 """Variants of the re-ranker, and one re-ranker under other numbers of candidates."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from test_prior import params as with_prior
 from test_reranker import World, unlike_start
 
 from corec import CorecError, controls, pages, reranker, sasrec
-from corec.params import EvaluationParams, Params, RerankerParams, SasrecParams
+from corec.params import EvaluationParams, FiguresParams, Params, RerankerParams, SasrecParams, StudyParams
 from corec.reranker import engine
 from corec.reranker.training import loss_of
 from corec.studies import ablations, surface
@@ -47,16 +46,20 @@ def users(world: World) -> np.ndarray:
 
 
 def test_every_variant_is_trained_once_judged_and_shown(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = settings(world, ablations=list(ablations.VARIANTS))
+    own = settings(world, ablations=[name for name in ablations.VARIANTS if name != "corec"])
     found = ablations.compare(world.tables.items, world.examples, own, tmp_path / "stage")
     assert list(found) == list(ablations.VARIANTS)
     shape = (len(world.prepared.pools["test"].window), 3, 6)
-    assert all(part.total().shape == shape and np.isfinite(part.total()).all() for part in found.values())
-    assert not found["without prior"].prior.any() and found["corec"].prior.any()
-    assert (found["corec"].relevance == found["shuffled-tokens"].relevance).all(), "one model under other requests"
+    scores = {name: part.scores for name, part in found.items()}
+    assert all(part.total().shape == shape and np.isfinite(part.total()).all() for part in scores.values())
+    assert not scores["without prior"].prior.any() and scores["corec"].prior.any()
+    assert (scores["corec"].relevance == scores["shuffled-tokens"].relevance).all(), "one model under other requests"
+    assert np.ptp(scores["llamarec"].total(), axis=1).max() < 1e-5, "it has no requests"
+    assert {name: part.steps for name, part in found.items() if part.steps != 3} == {"twice the steps": 6}
+    assert [path.parent.name for path in (tmp_path / "stage").glob("*/checkpoint.pt")] == ["corec"]
     monkeypatch.setattr(ablations, "train", None)
     again = ablations.compare(world.tables.items, world.examples, own, tmp_path / "stage")
-    assert all((again[name].total() == part.total()).all() for name, part in found.items())
+    assert all((again[name].scores.total() == part.total()).all() for name, part in scores.items())
 
     text = np.random.default_rng(0).random((shape[0], 6))
     table = ablations.judge(found, world.examples, users(world), own, text)
@@ -72,13 +75,39 @@ def test_every_variant_is_trained_once_judged_and_shown(world: World, tmp_path: 
 
 def test_an_interrupted_variant_starts_again_and_an_unknown_one_is_named(world: World, tmp_path: Path) -> None:
     own = settings(world, ablations=["no match loss"])
+    model = world.build(ablations.variant(own, "no match loss"))
+    reranker.train(model, world.examples, ablations.variant(own, "no match loss"), tmp_path / "no-match-loss", stop_after=2)
     found = ablations.compare(world.tables.items, world.examples, own, tmp_path)
     for path in tmp_path.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:100])
     again = ablations.compare(world.tables.items, world.examples, own, tmp_path)
-    np.testing.assert_array_equal(again["no match loss"].total(), found["no match loss"].total())
-    with pytest.raises(CorecError, match=r"study.ablations lists 'none': choose from corec, "):
-        ablations.compare(world.tables.items, world.examples, settings(world, ablations=["none"]), tmp_path)
+    np.testing.assert_array_equal(again["no match loss"].scores.total(), found["no match loss"].scores.total())
+
+
+def test_variants_that_do_not_fit_are_named_before_the_first_training(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "train", None)
+    plain = world.params(loss="ranknet", control="request")
+    for params, message in (
+        (settings(world, ablations=["no match loss"]), "equals 'corec' in this run"),
+        (
+            plain.model_copy(update={"study": StudyParams(ablations=["llamarec"])}),
+            r"'llamarec', which does not fit this run \(par",
+        ),
+    ):
+        if "equals" in message:
+            params = params.model_copy(update={"reranker": params.reranker.model_copy(update={"match_loss": 0})})
+        with pytest.raises(CorecError, match=message):
+            ablations.compare(world.tables.items, world.examples, params, tmp_path)
+
+
+def test_other_windows_are_scored_anew(world: World, tmp_path: Path) -> None:
+    own = settings(world, ablations=[])
+    ablations.compare(world.tables.items, world.examples, own, tmp_path)
+    other = {window: prior + 1 for window, prior in world.examples.prior.items()}
+    ablations.compare(world.tables.items, world.examples._replace(prior=other), own, tmp_path)
+    assert len(list(tmp_path.glob("corec-*.npz"))) == 2
 
 
 def test_exchanged_requests_never_keep_a_value() -> None:
@@ -136,6 +165,7 @@ def test_soft_states_are_those_of_the_candidates_and_the_user(world: World) -> N
         ({"curriculum_k": [7]}, "curriculum_k' lists 7"),
         ({"soft_width": 6}, "soft_width' is 6: set it to 0, or to twice sasrec.hidden"),
         ({"loss": "truth", "curriculum_steps": 2}, "'truth' needs the true next item"),
+        ({"soft_width": 128, "readout": "index"}, "readout to 'late' or 'candidate'"),
     ],
 )
 def test_parameters_that_do_not_go_together(world: World, changes: dict[str, object], message: str) -> None:
@@ -182,7 +212,11 @@ def test_the_loss_of_the_true_item_is_its_cross_entropy(world: World) -> None:
 def test_one_model_under_other_numbers_of_candidates(world: World, tmp_path: Path) -> None:
     own = world.params(steps=2)
     own = own.model_copy(
-        update={"study": own.study.model_copy(update={"surface": [4, 8]}), "evaluation": EvaluationParams(bootstrap=20)}
+        update={
+            "study": own.study.model_copy(update={"surface": [4, 8]}),
+            "evaluation": EvaluationParams(bootstrap=20),
+            "figures": FiguresParams(k=3),
+        }
     )
     rng, n = np.random.default_rng(0), len(world.tables.items)
     found = [rng.permutation(np.arange(1, n + 1))[:8] for _ in range(len(world.tables.windows))]
@@ -191,6 +225,7 @@ def test_one_model_under_other_numbers_of_candidates(world: World, tmp_path: Pat
     )
     table = surface.measure(world.build(own), world.tables, frame, own)
     assert set(table["K"]) == {4, 8} and set(table["model"]) == {"sasrec", "hard-filter", "rule", "corec"}
+    assert (table[table["model"] == "corec"]["ahead"] == 0).all() and (table["k"] == 3).all()
     best = table[table["metric"] == "cp"].pivot(index=["K", "n_tokens"], columns="model", values="value")
     assert (best["rule"] >= best["corec"]).all()
     surface.keep(table, tmp_path)
@@ -200,6 +235,6 @@ def test_one_model_under_other_numbers_of_candidates(world: World, tmp_path: Pat
 def test_a_model_is_rebuilt_from_its_checkpoint(world: World, tmp_path: Path) -> None:
     own = settings(world, ablations=[])
     first, second = (ablations.trained(world.tables.items, world.examples, own, "corec", tmp_path) for _ in range(2))
-    assert dataclasses.is_dataclass(first)
-    scores = [reranker.score(each, world.examples, world.pools, world.requests) for each in (first, second)]
+    assert first[1] == second[1] == 3
+    scores = [reranker.score(each, world.examples, world.pools, world.requests) for each, _ in (first, second)]
     np.testing.assert_array_equal(*scores)

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from corec import CorecError, controls, data, evidence, sasrec, scores, stages
+from corec import CorecError, backbones, controls, data, evidence, sasrec, scores, stages
 from corec.data import Tables
 from corec.data.split import describe_items
 from corec.evidence import combiner, features
@@ -272,6 +273,21 @@ def test_titles_are_embedded_once_each_and_whitened() -> None:
     np.testing.assert_allclose(np.linalg.norm(found[1:], axis=1), 1, atol=1e-5)
     assert abs((found[1:] @ found[1:].T)[np.triu_indices(91, 1)].mean()) < 0.1, "means of states would all be alike"
     np.testing.assert_allclose(title_embeddings(titles[:90], "tiny")[1] @ title_embeddings(titles[:90], "tiny")[1], 1, atol=1e-5)
+
+
+def test_the_encoder_of_sentences_gives_the_mean_of_its_last_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film", "number", "one", "two"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    bert = BertModel(config).eval()
+    bert.save_pretrained(tmp_path)
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path)
+    monkeypatch.setattr(backbones, "extract", lambda archive, member: tmp_path / Path(member).name)
+    found = title_embeddings(["film number one", "two"], "minilm")
+    with torch.no_grad():
+        wanted = bert(input_ids=torch.tensor([[2, 8, 3]])).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(found[2], (wanted / wanted.norm()).numpy(), atol=1e-5)
+    assert found.shape == (3, 16) and (found[0] == 0).all()
 
 
 def test_a_missing_language_model_of_the_titles_is_named() -> None:

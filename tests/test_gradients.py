@@ -10,9 +10,10 @@ from test_engine import folder
 from test_reranker import World, unlike_start
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from corec import reranker
-from corec.reranker import gradients
+from corec.reranker import engine, gradients
 from corec.reranker.gradients import Lora
 
 
@@ -47,7 +48,7 @@ def test_norm_and_gated_activation_have_the_gradients_of_their_formulas() -> Non
 
 @pytest.mark.parametrize("cached", [0, 3])
 @pytest.mark.parametrize("size", [2, 3, 100])
-def test_attention_in_blocks_has_the_gradients_of_torchs_kernel(cached: int, size: int) -> None:
+def test_attention_in_blocks_gives_the_output_of_torchs_kernel_and_the_gradients_of_its_formula(cached: int, size: int) -> None:
     query, key, value = some(2, 4, 5, 3), some(2, 2, cached + 5, 3), some(2, 2, cached + 5, 3)
     mask = torch.ones(2, 1, 5, cached + 5, dtype=torch.bool).tril(cached)
     mask[1, :, 3, cached + 1] = False
@@ -82,6 +83,50 @@ def test_a_training_step_has_the_loss_and_the_gradients_of_the_library(
     assert fused_gradients.keys() == expected.keys() == model.trainable().keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(fused_gradients[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_a_training_step_in_bfloat16_is_that_of_the_library_up_to_rounding(world: World) -> None:
+    model = world.build(world.params(dtype="bfloat16"))
+    unlike_start(model)
+    assert model.fused.spelled == (True, True), "the same on every machine, so that training is resumed with the same numbers"
+    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
+    wanted = reranker.Targets.of_control(np.random.default_rng(0).integers(0, 3, (8, 3, 6)).astype(np.float32))
+    found = []
+    for layers in (model.fused, None):
+        model.fused = layers
+        loss = reranker.backward(model, rows, wanted)
+        found.append((loss, torch.cat([value.grad.flatten().float() for value in model.trainable().values()])))
+        for value in model.trainable().values():
+            value.grad = None
+    (fused_loss, fused_gradient), (loss, gradient) = found
+    assert fused_loss == pytest.approx(loss, rel=0.02)
+    assert torch.cosine_similarity(fused_gradient, gradient, dim=0) > 0.99
+
+
+def test_layers_that_were_left_behind_on_another_device_are_not_used(world: World) -> None:
+    model = world.build(world.params())
+    for module in (model.model, model.head):
+        module.to("meta")
+    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
+    with torch.no_grad():
+        assert model.fused is not None and model.forward(rows[:2]).is_meta
+
+
+def test_a_merged_adapter_counts_once_in_the_model_it_was_merged_in(world: World) -> None:
+    model = world.build(world.params())
+    unlike_start(model)
+    wanted = reranker.score(model, world.examples, world.pools, world.requests)
+    merged = engine.merge(model)
+    for each in (model, merged):
+        np.testing.assert_allclose(reranker.score(each, world.examples, world.pools, world.requests), wanted, atol=1e-4)
+
+
+def test_dropout_of_the_backbone_is_left_to_the_library(world: World, tmp_path: Path) -> None:
+    path = folder("llama", tmp_path)
+    config = AutoConfig.from_pretrained(path)
+    config.attention_dropout = 0.5
+    config.save_pretrained(path)
+    assert world.build(world.params(backbone=path)).fused is None
 
 
 def test_an_adapter_of_another_kind_is_left_to_the_library(world: World) -> None:

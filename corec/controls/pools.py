@@ -120,8 +120,9 @@ class Pools(NamedTuple):
         return Pools(*(values[rows] for values in self))
 
     def narrow(self, k: int, rng: np.random.Generator) -> "Pools":
-        """Keep `k` random candidates of each window, in their order."""
-        places = np.sort(rng.random(self.candidates.shape).argsort(axis=1)[:, :k], axis=1)
+        """Keep `k` random candidates of each window, the true next item among them if it is there, in their order."""
+        keys = rng.random(self.candidates.shape) - self.is_truth()
+        places = np.sort(keys.argsort(axis=1)[:, :k], axis=1)
         kept = places == self.truth[:, None]
         truth = np.where(kept.any(axis=1), kept.argmax(axis=1), -1)
         items, ranks, scores = (np.take_along_axis(values, places, axis=1) for values in self[1:4])

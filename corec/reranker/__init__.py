@@ -9,6 +9,7 @@ from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, 
 from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import (
     Examples,
+    fingerprint,
     load_examples,
     make_rows,
     order_bias,
@@ -35,6 +36,7 @@ __all__ = [
     "build",
     "collate",
     "encode",
+    "fingerprint",
     "index_token",
     "letters",
     "listwise",

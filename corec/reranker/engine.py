@@ -41,6 +41,8 @@ def merge(reranker: Reranker) -> Reranker:
     adapted = isinstance(reranker.model, PeftModel)
     if not adapted and reranker.fused is not None:
         return reranker
+    if adapted:
+        reranker.fused = None  # it would add the adapter to the merged weights
     model = reranker.model.merge_and_unload() if adapted else reranker.model
     model.eval()
     fused = fuse(model) if reranker.packs else None

@@ -64,9 +64,10 @@ def together(*modules: Any) -> Projection:
         If a module is of another kind, for example quantised, or its adapter has dropout, is merged, or is not plain LoRA.
     """
     parts = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
-    if any(type(part) is not nn.Linear for part in parts):
+    adapted = [isinstance(module, LoraLayer) for module in modules]
+    if any(type(part) is not nn.Linear for part in parts) or any(adapted) != all(adapted):
         raise TypeError("projections of another kind")
-    lora = adapter(modules) if isinstance(modules[0], LoraLayer) else None
+    lora = adapter(modules) if adapted[0] else None
     if len(parts) == 1:
         return Projection(parts[0].weight.detach(), None if parts[0].bias is None else parts[0].bias.detach(), lora)
     weight = torch.cat([part.weight.detach() for part in parts])
@@ -83,11 +84,13 @@ def together(*modules: Any) -> Projection:
 
 def adapter(modules: tuple[Any, ...]) -> Lora:
     """Matrices of the LoRA of `modules`, which are trained in place (raises TypeError unless it is plain LoRA)."""
-    names = {tuple(module.active_adapters) for module in modules}
-    (name,) = names.pop() if len(names) == 1 else ("", "")
+    active = [name for module in modules for name in module.active_adapters]
+    name = active[0] if active else ""
+    known = active == [name] * len(modules) and all(name in module.lora_A for module in modules)
+    if not known or any(module.merged or module.lora_variant or module.lora_bias[name] for module in modules):
+        raise TypeError("an adapter of another kind")
     scales = {module.scaling[name] for module in modules}
-    plain = all(isinstance(module.lora_dropout[name], nn.Identity) and not module.merged for module in modules)
-    if len(scales) > 1 or not plain or any(module.lora_variant or module.lora_bias[name] for module in modules):
+    if len(scales) > 1 or any(not isinstance(module.lora_dropout[name], nn.Identity) for module in modules):
         raise TypeError("an adapter of another kind")
     down, up = ([getattr(module, part)[name].weight for module in modules] for part in ("lora_A", "lora_B"))
     return Lora(down, up, scales.pop())
@@ -165,16 +168,18 @@ class Fused:
         self.width, self.scale = attention.head_dim, attention.scaling
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         self.layers = [self.take(layer) for layer in base.layers]
+        self.device = self.norm[0].device
         self.turned, self.spelled = self.faster_turned(), (self.faster_spelled(PROBE), self.faster_spelled(MANY))
         self.silu = isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation"
 
     def faster_turned(self) -> bool:
         """Whether the transposed product is faster for :data:`PROBE` tokens.
 
-        Timed over the weights of all layers, so that they are read from memory. Always False on a GPU. The transposed product
+        Timed over the weights of all layers, so that they are read from memory. Always False on a GPU, and with an adapter. The
+        transposed product
         took two thirds of the time on a CPU with matrix units (Intel AMX), and 1.6 times as long on one without (AMD Zen).
         """
-        if self.norm[0].device.type != "cpu":
+        if self.norm[0].device.type != "cpu" or self.layers[0].qkv.lora is not None:
             return False
         parts = [part._replace(lora=None) for layer in self.layers for part in layer[:4]]
         states = {part.weight.shape[1]: part.weight.new_ones(PROBE, part.weight.shape[1]) for part in parts}
@@ -305,7 +310,7 @@ class Fused:
 
 @torch.no_grad()
 def fuse(causal: Any) -> Fused | None:
-    """Fuse the layers of a Hugging Face causal LM without adapter. The model remains usable: the weights are shared.
+    """Fuse the layers of a Hugging Face causal LM, with LoRA or without. The model remains usable: the weights are shared.
 
     The fused layers are compared with the model on :data:`PROBE` tokens. Each layer receives the model's own input to that
     layer, because in bfloat16 rounding differences would otherwise grow from layer to layer. The difference, relative to the

@@ -93,7 +93,7 @@ class Reranker:
         States [batch, L, hidden]: of the embeddings and all layers with ``layers: mix``, otherwise of the last layer only.
         """
         mixed = self.params.readout != "index" and self.params.layers == "mix"
-        if self.fused is not None and positions is not None:
+        if self.fused is not None and positions is not None and self.fused.device == embedded.device:
             return self.fused(embedded, positions, mask, cache, every=mixed)  # type: ignore[no-any-return]
         output = self.causal.base_model(
             inputs_embeds=embedded,
@@ -238,15 +238,19 @@ def build(
     device = device or machine.device()
     prompter = Prompter(tokenizer, items, vocabulary, params, positions(model.config, packs))
     model = model.to(device)
-    fused = fuse(model.get_base_model()) if adapted and fuses(params, packs, device) else None
+    fused = fuse(model.get_base_model()) if adapted and fuses(model, params, packs) else None
     reranker = Reranker(model, tokenizer, head.to(device), prompter, params, packs, scale, fused)
     reranker.start = {name: value.detach().clone() for name, value in reranker.trainable().items()} if adapted else {}
     return reranker
 
 
-def fuses(params: RerankerParams, packs: bool, device: str | torch.device) -> bool:
-    """Whether a model with an adapter is to be fused: on the CPU, without gradient checkpointing, which needs its modules."""
-    return packs and torch.device(device).type == "cpu" and not params.gradient_checkpointing
+def fuses(model: Any, params: RerankerParams, packs: bool) -> bool:
+    """Whether a model with an adapter is to be fused.
+
+    It is on a CPU, without gradient checkpointing, which needs its modules, and without dropout of its own.
+    """
+    dropout = any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "hidden_dropout"))
+    return packs and model.device.type == "cpu" and not params.gradient_checkpointing and not dropout
 
 
 def adapt(model: Any, added: list[int], params: RerankerParams) -> Any:
@@ -352,7 +356,7 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))
     model = model.to(bare.device)
-    fused = fuse(model.get_base_model()) if fuses(params, bare.packs, bare.device) else None
+    fused = fuse(model.get_base_model()) if fuses(model, params, bare.packs) else None
     return Reranker(model, bare.tokenizer, bare.head, bare.prompter, params, bare.packs, bare.logit_scale, fused)
 
 

@@ -173,7 +173,9 @@ class Prompter:
         return [self._ids[f"<{name}>"], *self._encode(f" {self.vocabulary.labels[value]}")]
 
     def _describe(self, values: np.ndarray) -> list[int]:
-        """Token ids of an item's values, as in its line."""
+        """Token ids of an item's values, as in its line; empty without ``show_attributes``."""
+        if not self.params.show_attributes:
+            return []
         return [token for value in values for token in self.values[value]]
 
     def request(self, values: Sequence[int]) -> list[int]:

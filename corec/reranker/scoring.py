@@ -67,7 +67,9 @@ def fingerprint(examples: Examples) -> str:
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
     histories = [[int(item) for item in examples.history[window]] for window in pools.window]
     priors = [np.asarray(examples.prior[window]).tolist() for window in pools.window if window in examples.prior]
-    return files.digest([hashed, histories, prepared.vocabulary.labels, priors])
+    states = [examples.soft[window] for window in pools.window if window in examples.soft]
+    soft = hashlib.sha256(np.ascontiguousarray(states).tobytes()).hexdigest() if states else ""
+    return files.digest([hashed, histories, prepared.vocabulary.labels, priors, soft])
 
 
 def make_rows(
@@ -98,9 +100,19 @@ def make_rows(
         groups = [of_window] if shared else [[request] for request in of_window]
         made = (reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain) for group in groups)
         prior = examples.prior[window] if reranker.params.prior else None
-        soft = examples.soft[window] if reranker.params.soft_width else None
+        soft = soft_of(examples, window) if reranker.params.soft_width else None
         rows += [row._replace(prior=prior, soft=soft) for row in made]
     return rows
+
+
+def soft_of(examples: Examples, window: int) -> np.ndarray:
+    """States of the retriever for a window (raises CorecError if the examples have none)."""
+    if window not in examples.soft:
+        raise CorecError(
+            "Parameter reranker.soft_width needs the states of the retriever, which only the variant 'soft tokens' of notebook 8 "
+            "passes: set it to 0, or pass `soft` to corec.reranker.load_examples."
+        )
+    return examples.soft[window]
 
 
 @contextmanager

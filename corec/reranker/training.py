@@ -66,8 +66,8 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     second half, their lengths cycle through those of ``train_tokens`` without 0. In later steps they cycle through all lengths.
     With ``curriculum_k``, plain prompts have fewer candidates, drawn at random from the pool.
 
-    With the loss ``listwise``, the strength of each request is the square of a uniform number, so that half are below 1/4; with
-    ``ranknet`` it is 1.
+    With the loss ``listwise``, the strength of each request is the square of a uniform number, so that half are below 1/4;
+    otherwise it is 1.
     """
     settings, prepared = params.reranker, examples.prepared
     rng = np.random.default_rng([params.seed, 4, step])

@@ -70,7 +70,8 @@ def known_tokens(settings: params.Params) -> int:
     """Number of new tokens known from the settings. With ``values: token``, values found only in the data are not counted."""
     attributes = schemes.choose(settings.controls.scheme, settings.controls.attributes)
     values = sum(len(entry.labels) for entry in attributes) if settings.reranker.values == "token" else 0
-    return len(attributes) + values + (reranker.MAX_K if settings.reranker.readout == "index" else 0)
+    soft = settings.reranker.soft_width > 0
+    return len(attributes) + values + soft + (reranker.MAX_K if settings.reranker.readout == "index" else 0)
 
 
 def plan(settings: RerankerParams, tokens: int, new_tokens: int, devices: int = 1) -> Plan:

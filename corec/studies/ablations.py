@@ -1,9 +1,9 @@
-"""Variants of the re-ranker, each trained for equally many steps on the same windows, and what each part of it brings."""
+"""Variants of the re-ranker that differ in one part, trained on the same windows, and what each part brings."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,38 +18,40 @@ from corec.evaluation import order_by
 from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.rankers import Ranked
-from corec.reranker import Examples, Reranker, build, engine, score_parts, train
+from corec.reranker import Examples, Reranker, build, engine, fingerprint, score_parts, train
 from corec.scores import Scores
 
 FULL = "corec"
 SHUFFLED = "shuffled-tokens"  # the scores of `corec` under requests whose values are exchanged: no training of its own
+TOKENLESS = ("llamarec",)  # scored under the empty request whatever the number of tokens
+LISTWISE = {"loss": "listwise"}
 
-# What differs from the run in its section `reranker`. `llamarec` has one empty request in a row, so it gets more windows a step.
+# Settings of each variant in the section `reranker`, where they differ from `corec`. `llamarec` has one empty request in a row,
+# so it gets more windows a step. Numbers of steps and tokens, and the width of soft tokens, come from :func:`variant`.
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     SHUFFLED: {},
     "without prior": {"prior": False},
     "ranknet": {"loss": "ranknet"},
     "ranknet, request as a whole": {"loss": "ranknet", "control": "request"},
-    "listwise, request as a whole": {"control": "request"},
+    "listwise, request as a whole": LISTWISE | {"control": "request"},
     "no match loss": {"match_loss": 0},
     "no truth bonus": {"truth_bonus": False},
     "no-control-scores": {"control_target": "none", "match_loss": 0},
     "all or nothing": {"control_target": "all"},
     "mixture": {"control_target": "mixture"},
     "ordinary rate of the gate": {"lr_gate": 1e-3},
-    "more requests without tokens": {"train_tokens": [0, 0, 0, 1, 2, 3]},
-    "soft tokens": {"soft_width": None},  # twice the width of the retriever
+    "more requests without tokens": {},
+    "soft tokens": {},
     "frozen-rows": {"lr_rows": 0},
     "plain-words": {"values": "words"},
     "llamarec": {
-        "readout": "index", "control": "request", "prior": False, "loss": "truth", "train_tokens": [0], "curriculum_steps": 0,
-        "requests_per_window": 1, "batch_size": 8,
+        "readout": "index", "control": "request", "prior": False, "loss": "truth", "truth_bonus": True, "train_tokens": [0],
+        "show_attributes": False, "curriculum_steps": 0, "requests_per_window": 1, "batch_size": 8,
     },
     "twice the steps": {},
 }  # fmt: skip
-SIMPLE = ("text", "sasrec", "combiner", "hard-filter", "rule")
-K = 5  # cut-off of the metrics, if there are more candidates
+SIMPLE = ("text", "sasrec", "combiner", "hard-filter+combiner", "rule+combiner", "hard-filter", "rule")
 
 
 def variant(params: Params, name: str) -> Params:
@@ -58,18 +60,26 @@ def variant(params: Params, name: str) -> Params:
     Raises
     ------
     CorecError
-        If there is no variant of this name.
+        If the variant does not differ from ``corec``, or does not fit the run.
     """
-    if name not in VARIANTS:
-        raise CorecError(f"Parameter study.ablations lists {name!r}: choose from {', '.join(VARIANTS)}.")
     settings, share = params.reranker, params.study.ablation_share * (2 if name == "twice the steps" else 1)
-    steps = {key: max(1, round(share * getattr(settings, key))) for key in ("curriculum_steps", "steps")}
-    changes = steps | VARIANTS[name]
-    if "soft_width" in changes:
+    steps = {key: round(share * getattr(settings, key)) for key in ("curriculum_steps", "steps")}
+    changes: dict[str, Any] = {"curriculum_steps": steps["curriculum_steps"], "steps": max(1, steps["steps"])} | VARIANTS[name]
+    if name == "soft tokens":
         changes["soft_width"] = 2 * params.sasrec.hidden
+    if name == "more requests without tokens":
+        changes["train_tokens"] = [0, 0, *params.controls.n_tokens]
     if changes["curriculum_steps"] == 0:
-        changes["steps"] = sum(steps.values())
-    return params.model_copy(update={"reranker": settings.model_copy(update=changes)})
+        changes["steps"] = max(1, sum(steps.values()))
+    try:
+        own = params.model_copy(update={"reranker": settings.model_copy(update=changes)})
+    except CorecError as error:
+        raise CorecError(
+            f"Parameter study.ablations lists {name!r}, which does not fit this run ({error}): leave it out."
+        ) from None
+    if name not in (FULL, SHUFFLED) and own == variant(params, FULL):
+        raise CorecError(f"Parameter study.ablations lists {name!r}, which equals {FULL!r} in this run: leave it out.")
+    return own
 
 
 def exchanged(requests: Sequence[np.ndarray], n_values: int, seed: int) -> list[np.ndarray]:
@@ -80,16 +90,23 @@ def exchanged(requests: Sequence[np.ndarray], n_values: int, seed: int) -> list[
     return [np.where(request >= 0, other[request], -1) for request in requests]
 
 
-def saved(path: Path) -> Scores | None:
-    """Scores written by :func:`scores_of`, or None if the file is missing or damaged."""
+class Variant(NamedTuple):
+    """Scores of a variant on the test windows, and the number of steps that it was trained for."""
+
+    scores: Scores
+    steps: int
+
+
+def saved(path: Path) -> Variant | None:
+    """Scores written by :func:`compare`, or None if the file is missing or damaged."""
     try:
         with np.load(path) as kept:
-            return Scores(*(kept[name] for name in Scores._fields))
+            return Variant(Scores(*(kept[name] for name in Scores._fields)), int(kept["steps"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Path) -> dict[str, Scores]:
+def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Path) -> dict[str, Variant]:
     """Train the variants `study.ablations` and score the test windows, under one request of each length.
 
     The scores of each finished variant are stored in `folder`; a second call resumes after the last one.
@@ -97,34 +114,51 @@ def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Pat
     Returns
     -------
     Scores by variant, ``corec`` first.
+
+    Raises
+    ------
+    CorecError
+        If a variant does not fit the run (before the first training).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = examples.prepared
+    prepared, pools = examples.prepared, examples.prepared.pools["test"]
     requests = [prepared.requests["test", n] for n in params.controls.n_tokens]
-    before = [stages.section(params, stage) for stage in ("data", "sasrec", "controls", "reranker")]
-    names = [FULL, *(name for name in params.study.ablations if name != FULL)]
-    path_of = {name: folder / f"{files.digest([before, name, params.study.ablation_share])}.npz" for name in names}
-    found: dict[str, Scores] = {}
+    names = [FULL, *params.study.ablations]
+    given = [part.tolist() for part in (pools.window, pools.candidates, *requests)]
+    priors = [examples.prior[window].tolist() for window in pools.window if window in examples.prior]
+    path_of = {}
+    for name in names:
+        settings = stages.section(variant(params, name), "reranker")
+        identity = files.digest([name, settings, fingerprint(examples), given, priors])
+        path_of[name] = folder / f"{name.replace(' ', '-')}-{identity}.npz"
+    found: dict[str, Variant] = {}
     for name in names:
         if (kept := saved(path_of[name])) is None:
-            model = trained(items, examples, params, FULL if name == SHUFFLED else name, folder)
+            model, steps = trained(items, examples, params, FULL if name == SHUFFLED else name, folder)
             asked = exchanged(requests, len(prepared.vocabulary.labels), params.seed) if name == SHUFFLED else requests
-            kept = score_parts(model, examples, prepared.pools["test"], asked, report=name)
-            part = path_of[name].with_suffix(".part")
-            with part.open("wb") as file:
-                np.savez(file, **kept._asdict())
-            part.replace(path_of[name])
+            asked = [requests[params.controls.n_tokens.index(0)]] * len(requests) if name in TOKENLESS else asked
+            kept = Variant(score_parts(model, examples, pools, asked, report=name), steps)
+            with path_of[name].with_suffix(".part").open("wb") as file:
+                np.savez(file, **kept.scores._asdict(), steps=steps)
+            path_of[name].with_suffix(".part").replace(path_of[name])
+        if name != FULL:  # which other variants and the study of K use again
+            (folder / name.replace(" ", "-") / "checkpoint.pt").unlink(missing_ok=True)
         found[name] = kept
     return found
 
 
-def trained(items: pd.DataFrame, examples: Examples, params: Params, name: str, folder: Path) -> Reranker:
-    """Train a variant, or load it from its checkpoint below `folder`; the adapter is merged, for scoring."""
+def trained(items: pd.DataFrame, examples: Examples, params: Params, name: str, folder: Path) -> tuple[Reranker, int]:
+    """Train a variant, or load it from its checkpoint below `folder`; the adapter is merged, for scoring.
+
+    Returns
+    -------
+    The re-ranker, and the number of steps that it was trained for.
+    """
     own = variant(params, name)
     print(f"variant {name}: {own.reranker.curriculum_steps} plain and {own.reranker.steps} whole steps", flush=True)
     model = build(items, examples.prepared.vocabulary, own.reranker, own.seed)
-    train(model, examples, own, folder / name.replace(" ", "-"))
-    return engine.merge(model)
+    curve = train(model, examples, own, folder / name.replace(" ", "-"))
+    return engine.merge(model), len(curve)
 
 
 def text_scores(tables: Tables, prepared: Prepared, params: Params) -> np.ndarray:
@@ -136,13 +170,13 @@ def text_scores(tables: Tables, prepared: Prepared, params: Params) -> np.ndarra
 
 
 def judge(
-    scores: Mapping[str, Scores], examples: Examples, users: np.ndarray, params: Params, text: np.ndarray | None = None
+    variants: Mapping[str, Variant], examples: Examples, users: np.ndarray, params: Params, text: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """CP@5 (all constraints met) and NDCG@5 of every variant by number of control tokens, with differences from ``corec``.
+    """CP@k (all constraints met) and NDCG@k of every variant by number of control tokens, with differences from ``corec``.
 
     Parameters
     ----------
-    scores
+    variants
         Result of :func:`compare`.
     examples
         Pools, requests and priors.
@@ -155,21 +189,20 @@ def judge(
 
     Returns
     -------
-    Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high n_users K steps dataset protocol``. ``ahead`` is
-    the paired difference from ``corec``. Rankers without a language model are included for comparison. Rows with the metric
-    ``gap`` hold the mean of :func:`corec.frontier.gaps` over all strengths and numbers of tokens.
+    Columns ``variant n_tokens metric k value low high ahead ahead_low ahead_high steps n_users K dataset protocol``; k is
+    ``figures.k``. ``ahead`` is the paired difference from ``corec``. Rankers without a language model are included for
+    comparison; they have no ``steps``. Rows with the metric ``gap`` hold the mean of :func:`corec.frontier.gaps` over all
+    strengths and numbers of tokens.
     """
     prepared, pools = examples.prepared, examples.prepared.pools["test"]
     prior = np.stack([examples.prior[window] for window in pools.window]) if examples.prior else None
-    cut, keys, columns = min(K, pools.candidates.shape[1] - 1), [], []
-    ranked = Ranked({}, {})
+    cut, keys, columns, judged_of = params.figures.k, [], [], {}
     for place, n in enumerate(params.controls.n_tokens):
-        judged = evaluation.judge(pools, prepared.requests["test", n], prepared.vocabulary.values_of)
+        judged = judged_of[n] = evaluation.judge(pools, prepared.requests["test", n], prepared.vocabulary.values_of)
         given = rankers.Inputs(np.zeros(pools.candidates.shape), prior, text)
         simple = rankers.without_model(pools, judged, given, params.evaluation.boost)
-        orders = {name: order_by(part.total()[:, place]) for name, part in scores.items()}
+        orders = {name: order_by(part.scores.total()[:, place]) for name, part in variants.items()}
         orders |= {name: simple[name] for name in SIMPLE if name in simple}
-        ranked.orders[n], ranked.judged[n] = {}, judged
         for name, order in orders.items():
             measured = evaluation.by_window(order, judged, [cut])
             for metric, key in (("cp", ("cp", cut, n)), ("ndcg", ("ndcg", cut, 0)))[not n :]:
@@ -184,18 +217,22 @@ def judge(
         ahead=middle[count:], ahead_low=low[count:], ahead_high=high[count:],
     )  # fmt: skip
     if prior is not None:
-        table = pd.concat([table, gap_rows(scores, ranked, prior, users, params)], ignore_index=True)
-    steps = sum(getattr(variant(params, FULL).reranker, key) for key in ("curriculum_steps", "steps"))
-    about = {"n_users": len(values), "K": pools.candidates.shape[1], "steps": steps}
-    return table.astype({"n_tokens": "Int64"}).assign(dataset=params.data.dataset, protocol=params.controls.protocol, **about)
+        ranked = Ranked({n: {} for n in judged_of}, judged_of)
+        table = pd.concat([table, gap_rows(variants, ranked, prior, users, params)], ignore_index=True)
+    steps = table["variant"].map({name: part.steps for name, part in variants.items()})
+    about = {"k": cut, "n_users": len(values), "K": pools.candidates.shape[1]}
+    table = table.assign(steps=steps.astype("Int64"), dataset=params.data.dataset, protocol=params.controls.protocol, **about)
+    return table.astype({"n_tokens": "Int64"})
 
 
-def gap_rows(scores: Mapping[str, Scores], ranked: Ranked, prior: np.ndarray, users: np.ndarray, params: Params) -> pd.DataFrame:
+def gap_rows(
+    variants: Mapping[str, Variant], ranked: Ranked, prior: np.ndarray, users: np.ndarray, params: Params
+) -> pd.DataFrame:
     """Rows of :func:`judge` with the metric ``gap``, for the variants that have a prior."""
     rows = []
-    for name, part in scores.items():
-        if part.prior.any():
-            points = frontier.sweep(ranked, [part], prior, users, params)
+    for name, part in variants.items():
+        if part.scores.prior.any():
+            points = frontier.sweep(ranked, [part.scores], prior, users, params)
             rows.append((name, "gap", *frontier.mean_gap(points, params)))
     return pd.DataFrame(rows, columns="variant metric value low high".split())
 
@@ -212,14 +249,15 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Plot the differences from ``corec``: CP@5 by number of tokens, NDCG@5 without tokens, NDCG@5 by number of tokens."""
+    """Plot the differences from ``corec``: NDCG@k without tokens, CP@k and NDCG@k by number of tokens."""
+    k = table["k"].iloc[0]
     names = [name for name in table["variant"].unique() if name != FULL]
     figure, axes = plt.subplots(1, 3, figsize=(13, 1.2 + 0.3 * len(names)), sharey=True, layout="constrained")
     relevance = table[table["metric"] == "ndcg"]
     panels = {
-        "NDCG@5 without tokens": relevance[relevance["n_tokens"] == 0],
-        "CP@5, all constraints met": table[table["metric"] == "cp"],
-        "NDCG@5 with tokens": relevance[relevance["n_tokens"] > 0],
+        f"NDCG@{k} without tokens": relevance[relevance["n_tokens"] == 0],
+        f"CP@{k}, all constraints met": table[table["metric"] == "cp"],
+        f"NDCG@{k} with tokens": relevance[relevance["n_tokens"] > 0],
     }
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         lengths = sorted(rows["n_tokens"].unique())

@@ -15,8 +15,7 @@ from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.reranker import Reranker, load_examples, score_parts
 
-MODELS = ("sasrec", "combiner", "hard-filter", "rule", "corec")
-K = 5  # cut-off of the metrics, if there are more candidates
+MODELS = ("sasrec", "combiner", "hard-filter", "hard-filter+combiner", "rule", "corec")
 
 
 def measure(model: Reranker, tables: Tables, candidates: pd.DataFrame, params: Params) -> pd.DataFrame:
@@ -35,10 +34,10 @@ def measure(model: Reranker, tables: Tables, candidates: pd.DataFrame, params: P
 
     Returns
     -------
-    Columns ``K n_tokens model metric value low high n_users dataset protocol``; ``cp`` is CP@5 at tau = n.
+    Columns ``K n_tokens model metric value low high ahead ahead_low ahead_high k n_users dataset protocol``; k is ``figures.k``,
+    and ``cp`` is at tau = n. ``ahead`` is the paired difference of COREC from the model.
     """
-    rows = []
-    similar = None
+    tables_of, similar, cut = [], None, params.figures.k
     for k in params.study.surface:
         own = params.controls.model_copy(update={"k": k})
         prepared = controls.prepare(tables.windows, candidates, tables.items, own, params.seed)
@@ -50,7 +49,7 @@ def measure(model: Reranker, tables: Tables, candidates: pd.DataFrame, params: P
         requests = [prepared.requests["test", n] for n in own.n_tokens]
         scores = score_parts(model, examples, pools, requests, report=f"K = {k}").total()
         users = tables.windows.set_index("window").loc[pools.window, "user"].to_numpy()
-        keys, columns, cut = [], [], min(K, k - 1)
+        keys, columns = [], []
         for place, n in enumerate(own.n_tokens):
             judged = evaluation.judge(pools, requests[place], prepared.vocabulary.values_of)
             given = rankers.Inputs(np.zeros(pools.candidates.shape), priors.get("test"))
@@ -61,10 +60,13 @@ def measure(model: Reranker, tables: Tables, candidates: pd.DataFrame, params: P
                     keys.append((k, n, name, metric))
                     columns.append(found[key])
         values = by_user(np.stack(columns, axis=1).astype(float), users)
-        low, high = intervals(values, params.evaluation, params.seed)
-        rows += [(*key, *numbers, len(values)) for key, *numbers in zip(keys, values.mean(axis=0), low, high, strict=True)]
-    table = pd.DataFrame(rows, columns="K n_tokens model metric value low high n_users".split())
-    return table.assign(dataset=params.data.dataset, protocol=params.controls.protocol)
+        ours = [keys.index((k, n, "corec", metric)) for _, n, _, metric in keys]
+        both = np.concatenate([values, values[:, ours] - values], axis=1)
+        ends = np.stack([both.mean(axis=0), *intervals(both, params.evaluation, params.seed)], axis=1)
+        table = pd.DataFrame(keys, columns=["K", "n_tokens", "model", "metric"])
+        table[["value", "low", "high"]], table[["ahead", "ahead_low", "ahead_high"]] = np.split(ends, 2)
+        tables_of.append(table.assign(k=cut, n_users=len(values)))
+    return pd.concat(tables_of, ignore_index=True).assign(dataset=params.data.dataset, protocol=params.controls.protocol)
 
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -78,21 +80,27 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Plot CP@5 and NDCG@5 of COREC, and its NDCG@5 minus that of the hard filter, by K and number of tokens."""
-    ours = table[table["model"] == "corec"]
-    filtered = table[(table["model"] == "hard-filter") & (table["metric"] == "ndcg")]
-    wide = [
-        rows.pivot(index="n_tokens", columns="K", values="value")
-        for rows in (ours[ours["metric"] == "cp"], ours[ours["metric"] == "ndcg"], filtered)
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    """Plot CP@k and NDCG@k of COREC, and its NDCG@k minus that of the hard filter, by K and number of tokens.
+
+    With a prior, the hard filter has the order of the combiner. An asterisk marks differences whose interval excludes 0.
+    """
+    ours, k = table[table["model"] == "corec"], table["k"].iloc[0]
+    other = "hard-filter+combiner" if "hard-filter+combiner" in set(table["model"]) else "hard-filter"
+    above = table[(table["model"] == other) & (table["metric"] == "ndcg") & (table["n_tokens"] > 0)]
     panels = {
-        "CP@5, all constraints met": wide[0],
-        "NDCG@5": wide[1],
-        "NDCG@5 minus the hard filter's": (wide[1] - wide[2]).drop(0),
+        f"CP@{k}, all constraints met": (ours[ours["metric"] == "cp"], "value"),
+        f"NDCG@{k}": (ours[ours["metric"] == "ndcg"], "value"),
+        f"NDCG@{k} minus that of {other}": (above, "ahead"),
     }
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        centred = {"center": 0, "cmap": "vlag"} if "minus" in title else {"cmap": "crest"}
-        sns.heatmap(values, annot=True, fmt=".3f", cbar=False, ax=axis, **centred)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (title, (rows, column)) in zip(axes, panels.items(), strict=True):
+        wide = rows.pivot(index="n_tokens", columns="K", values=column)
+        signs = rows.assign(text=[f"{value:.3f}" for value in rows[column]])
+        if column == "ahead":
+            sure = (rows["ahead_low"] > 0) | (rows["ahead_high"] < 0)
+            signs["text"] += np.where(sure, " *", "")
+        texts = signs.pivot(index="n_tokens", columns="K", values="text")
+        look = {"center": 0, "cmap": "vlag"} if column == "ahead" else {"cmap": "crest"}
+        sns.heatmap(wide, annot=texts, fmt="", cbar=False, ax=axis, **look)
         axis.set(title=title, xlabel="candidates K", ylabel="control tokens")
     return figure
