@@ -1,4 +1,7 @@
-"""Parameters of different sections that do not go together (`params` is a :class:`corec.params.Params`, which is above this)."""
+"""Parameters of different sections that do not go together.
+
+`params` is a :class:`corec.params.Params` everywhere; that class calls :func:`conflict`, so it is not imported here.
+"""
 
 from typing import Any
 

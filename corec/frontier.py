@@ -252,9 +252,13 @@ def whole_points(frame: pd.DataFrame) -> pd.Series:
 def draw(frame: pd.DataFrame, k: int) -> Figure:
     """Plot the result of :func:`table`: one panel per number of constraints, CP against NDCG, with intervals at every point."""
     lengths = sorted(frame["n_tokens"].unique())
-    figure, axes = plt.subplots(1, len(lengths), figsize=(4.2 * len(lengths), 3.8), layout="constrained", squeeze=False)
+    columns = min(3, len(lengths))
+    lines = -(-len(lengths) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.8 * lines), layout="constrained", squeeze=False)
     whole = frame[whole_points(frame)]
-    for axis, n in zip(axes[0], lengths, strict=True):
+    for axis in axes.flat[len(lengths) :]:
+        axis.axis("off")
+    for axis, n in zip(axes.flat[: len(lengths)], lengths, strict=True):
         rows = whole[whole["n_tokens"] == n]
         for model, colour in (("boost", "0.45"), ("corec", "tab:blue")):
             curve = rows[rows["model"] == model].sort_values("strength")

@@ -122,12 +122,10 @@ def test_frozen_rows_keep_their_values_and_soft_tokens_learn(world: World) -> No
     own = settings(world)
     for name, moves in (("frozen-rows", False), ("corec", True)):
         model = world.build(ablations.variant(own, name))
-        before = model.trainable()[
-            "model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"
-        ].clone()
+        rows = next(value for key, value in model.model.named_parameters() if "trainable_tokens" in key)
+        before = rows.clone()
         reranker.train(model, world.examples, ablations.variant(own, name), None)
-        after = model.trainable()["model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
-        assert torch.equal(before, after) != moves
+        assert torch.equal(before, rows) != moves
     soft = ablations.variant(own, "soft tokens")
     model = world.build(soft)
     reranker.train(model, world.examples, soft, None)

@@ -244,7 +244,10 @@ def control_scores(met: np.ndarray, is_truth: np.ndarray | None = None) -> np.nd
 
 
 def wanted(met: np.ndarray, target: str) -> np.ndarray:
-    """What a request asks of each candidate [..., K], from `met` [..., K, n]: see ``reranker.control_target``."""
+    """What a request asks of each candidate [..., K], from `met` [..., K, n], by ``reranker.control_target``.
+
+    A constraint that could not be drawn is met by no candidate, so with ``all`` such a request asks for nothing.
+    """
     graded, everything = met.sum(axis=-1).astype(np.float32), met.all(axis=-1) * np.float32(met.shape[-1])
     return {"graded": graded, "all": everything, "mixture": (graded + everything) / 2, "none": np.zeros_like(graded)}[target]
 

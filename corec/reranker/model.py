@@ -19,6 +19,7 @@ from corec import CorecError, backbones, machine
 from corec.controls import Vocabulary
 from corec.params import RerankerParams
 from corec.reranker.fused import fuse
+from corec.reranker.optimizer import kind
 from corec.reranker.probes import can_pack, logit_scale, positions
 from corec.reranker.prompt import Batch, Prompter, Row, collate, extend_tokenizer, index_token, new_tokens
 from corec.reranker.readout import Head, Parts
@@ -232,6 +233,9 @@ def build(
     added = extend_tokenizer(model, tokenizer, new_tokens(vocabulary, params))
     if adapted:
         model = adapt(model, added, params)
+        if params.lr_rows == 0:
+            for name, value in model.named_parameters():
+                value.requires_grad_(value.requires_grad and kind(f"model.{name}") != "rows")
         if params.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     head = Head(model.config.hidden_size, model.config.num_hidden_layers + 1, params)
