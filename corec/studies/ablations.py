@@ -270,5 +270,5 @@ def draw(table: pd.DataFrame) -> Figure:
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set(title=title, xlabel="minus corec", yticks=range(len(names)), yticklabels=names)
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize="small")
+    axes[2].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
     return figure

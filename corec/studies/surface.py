@@ -90,7 +90,7 @@ def draw(table: pd.DataFrame) -> Figure:
     panels = {
         f"CP@{k}, all constraints met": (ours[ours["metric"] == "cp"], "value"),
         f"NDCG@{k}": (ours[ours["metric"] == "ndcg"], "value"),
-        f"NDCG@{k} minus that of {other}": (above, "ahead"),
+        f"NDCG@{k} minus {other}": (above, "ahead"),
     }
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, (title, (rows, column)) in zip(axes, panels.items(), strict=True):
