@@ -90,6 +90,7 @@ class DataParams(Model):
     tags: list[str] = []  # tags that the tagger chooses from; empty: the 20 most frequent categories of the other items
     split: Literal["paper", "leave-one-out"] = "leave-one-out"
     window: int = Field(6, ge=2)  # history items per window (in training with `paper`, one fewer)
+    repeats: bool = False  # count all interactions of a user with an item, not only the first; seen items are then candidates
     core: int = Field(5, ge=1)  # leave-one-out: smallest number of interactions of a user and of an item
     min_interactions: int = Field(30, ge=3)  # paper: smallest number of interactions of a user
     max_users: int = Field(3000, ge=1)  # paper: number of users, those with the most interactions

@@ -83,7 +83,7 @@ def to_numbers(column: pd.Series, dirt: Dirt, name: str) -> pd.Series:
     return numbers
 
 
-def drop_unusable(interactions: pd.DataFrame, items: pd.DataFrame, dirt: Dirt) -> pd.DataFrame:
+def drop_unusable(interactions: pd.DataFrame, items: pd.DataFrame, dirt: Dirt, repeats: bool = False) -> pd.DataFrame:
     """Drop and count interactions with unknown or incomplete items, and repeated ones (the first in the file is kept).
 
     Parameters
@@ -94,12 +94,14 @@ def drop_unusable(interactions: pd.DataFrame, items: pd.DataFrame, dirt: Dirt) -
         Columns ``item_id complete``.
     dirt
         Counts of dropped rows by reason; updated in place.
+    repeats
+        Keep repeated interactions.
     """
     known = interactions["item_id"].isin(items["item_id"])
     dirt["interactions", "item without a line in the item file"] += int((~known).sum())
     whole = interactions["item_id"].isin(items.loc[items["complete"], "item_id"])
     dirt["interactions", "of an incomplete item"] += int((known & ~whole).sum())
-    again = interactions.duplicated(["user_id", "item_id"]) & whole
+    again = interactions.duplicated(["user_id", "item_id"]) & whole & (not repeats)
     dirt["interactions", "item chosen again by the same user"] += int(again.sum())
     return interactions[whole & ~again]
 

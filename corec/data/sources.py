@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corec import CorecError
-from corec.data import amazon, atomic, movielens
+from corec.data import amazon, atomic, journey, movielens
 from corec.data.tables import Raw
 from corec.params import DataParams
 
@@ -31,6 +31,7 @@ SOURCES = {
     "ml-100k": Source(movielens.files_of, movielens.read),
     "ml-1m": Source(movielens.files_of, movielens.read),
     "amazon-2018": Source(amazon.find_files, amazon.read),
+    "complete-journey": Source(journey.files_of, journey.read),
     "files": Source(atomic.files_of, atomic.read),
 }
 

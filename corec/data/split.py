@@ -21,7 +21,7 @@ def k_core(interactions: pd.DataFrame, core: int) -> pd.DataFrame:
 def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFrame:
     """Select users, sort their interactions by time, and assign each interaction to train, valid or test.
 
-    Only the first interaction in the file of a user with an item is kept.
+    Only the first interaction in the file of a user with an item is kept, unless `repeats`.
 
     ``paper``: users with at least `min_interactions`, of these the `max_users` with the most, their `latest` interactions; the
     first 80 % for training, then 10 % for validation and 10 % for testing (as in the authors' code: 50 records give 40/5/5).
@@ -45,8 +45,8 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
     CorecError
         If no user is left.
     """
-    table = interactions.drop_duplicates(["user_id", "item_id"])
-    steps = [(len(table), "distinct interactions")]
+    table = interactions if params.repeats else interactions.drop_duplicates(["user_id", "item_id"])
+    steps = [(len(table), "interactions" if params.repeats else "distinct interactions")]
     if params.split == "paper":
         length = table.groupby("user_id")["user_id"].transform("size")
         table = table[length >= params.min_interactions]
@@ -78,8 +78,9 @@ def split_by_time(interactions: pd.DataFrame, params: DataParams) -> pd.DataFram
 def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFrame:
     """Table of the items that occur, with statistics of the training interactions only.
 
-    Adds ``train_count``, ``popularity_rank`` (1 = most training interactions), ``mean_rating`` and ``rating_std`` (of at least
-    3 ratings); all but the first are empty for items without training interactions. A missing title is replaced (see
+    Adds ``train_count``, ``popularity_rank`` (1 = most training interactions), ``category_rank`` (the same within the category,
+    if there is one), ``mean_rating`` and ``rating_std`` (of at least 3 ratings); ratings are empty for items without training
+    interactions, and ranks where training interactions or the category are missing. A missing title is replaced (see
     :func:`title_substitutes`); ``title_from`` names the replacement.
 
     Parameters
@@ -95,6 +96,8 @@ def describe_items(items: pd.DataFrame, interactions: pd.DataFrame) -> pd.DataFr
     table = table.set_index("item").assign(train_count=train.size(), mean_rating=train.mean())
     table["rating_std"] = train.std().where(train.size() >= 3)
     table["popularity_rank"] = table["train_count"].rank(method="first", ascending=False)
+    if "category" in table:
+        table["category_rank"] = table.groupby("category")["train_count"].rank(method="first", ascending=False)
     table["train_count"] = table["train_count"].fillna(0).astype(int)
     texts = title_substitutes(table)
     missing = table["title"].isna()

@@ -2,8 +2,8 @@
 
 - interactions: ``user user_id item rating timestamp position split``, sorted by user and time (stable: the file's order breaks
   ties). Users count from 0 and items from 1; item 0 is padding.
-- items: ``item item_id title`` and the raw attributes; ``train_count``, ``popularity_rank``, ``mean_rating`` and ``rating_std``
-  are computed from training interactions only.
+- items: ``item item_id title`` and the raw attributes; ``train_count``, ``popularity_rank``, ``category_rank``, ``mean_rating``
+  and ``rating_std`` are computed from training interactions only.
 - windows: ``window user split position target history``, the examples of the re-ranker.
 - catalogue: all items of the source as read, before any are dropped; ``complete`` marks those with all `data.required`.
 - dirt: ``file reason rows``, the number of dropped rows of each file, and of missing values of each field of the items.

@@ -24,7 +24,7 @@ from corec.data import Tables
 from corec.evidence.combiner import fit_linear
 from corec.evidence.features import Evidence, Matrix, Similarities, counted, gather, latest_items
 from corec.params import Params
-from corec.sasrec import items_by_user
+from corec.sasrec import chosen_again, items_by_user
 
 
 class Wide(NamedTuple):
@@ -103,13 +103,13 @@ def propose(
     batch
         Windows at a time.
     """
-    k, items = params.controls.k, items_by_user(tables.interactions)
+    k, items, again = params.controls.k, items_by_user(tables.interactions), chosen_again(tables.interactions)
     history = latest_items(tables, windows, params.evidence.history)
     counts = np.array([0, *tables.items["train_count"]])
     owners, positions = windows["user"].to_numpy(), windows["position"].to_numpy()
     for start in range(0, len(windows), batch):
         part = slice(start, start + batch)
-        seen = [items[user][:position] for user, position in zip(owners[part], positions[part], strict=True)]
+        seen = [items[user][: 0 if again else position] for user, position in zip(owners[part], positions[part], strict=True)]
         found: dict[str, np.ndarray] = {}
         for source in params.controls.pool:
             if source == "sasrec":

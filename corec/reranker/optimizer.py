@@ -37,8 +37,8 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW without weight decay on float32 copies of the parameters; in bfloat16, small updates would be lost by rounding.
 
     Adapters in float32, the default of peft, would need no copies. On 2 cores with bfloat16 instructions, a training step of the
-    run ml-100k-ranknet then took 3.2 s instead of 2.4 s and stored 953 MB for the backward pass instead of 603 MB (with the layers
-    of transformers and peft).
+    run ml-100k-ranknet then took 3.2 s instead of 2.4 s and stored 953 MB for the backward pass instead of 603 MB (with the
+    layers of transformers and peft).
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from corec.sasrec.model import Noise, SASRec
 from corec.sasrec.ranking import (
     Queries,
     candidates,
+    chosen_again,
     encode,
     items_by_user,
     pad,
@@ -27,6 +28,7 @@ __all__ = [
     "Trained",
     "batches",
     "candidates",
+    "chosen_again",
     "encode",
     "items_by_user",
     "load",

@@ -40,8 +40,15 @@ def items_by_user(interactions: pd.DataFrame) -> dict[Any, np.ndarray]:
     return {user: table.to_numpy(copy=True) for user, table in interactions.groupby("user")["item"]}
 
 
+def chosen_again(interactions: pd.DataFrame) -> bool:
+    """Whether a user has chosen an item more than once (``data.repeats``); items that were seen are then candidates again."""
+    return bool(interactions.duplicated(["user", "item"]).any())
+
+
 def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) -> Queries:
     """Make one query per window from the user's interactions before its target.
+
+    ``seen`` is empty if items are chosen again (see :func:`chosen_again`).
 
     Parameters
     ----------
@@ -51,8 +58,9 @@ def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) 
         Number of latest items in ``inputs``.
     """
     items = items_by_user(interactions)
-    seen = [items[user][:position] for user, position in zip(windows["user"], windows["position"], strict=True)]
-    return Queries([items[-max_length:] for items in seen], windows["target"].to_numpy(copy=True), seen)
+    before = [items[user][:position] for user, position in zip(windows["user"], windows["position"], strict=True)]
+    seen = [part[:0] for part in before] if chosen_again(interactions) else before
+    return Queries([part[-max_length:] for part in before], windows["target"].to_numpy(copy=True), seen)
 
 
 def by_length(rows: np.ndarray, lengths: np.ndarray, budget: float) -> list[np.ndarray]:
@@ -141,7 +149,7 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
 def candidates(
     model: SASRec, interactions: pd.DataFrame, windows: pd.DataFrame, params: SasrecParams, batch: int = 256
 ) -> pd.DataFrame:
-    """Retrieve the `top_k` unseen items with the highest scores for every window.
+    """Retrieve the `top_k` unseen items with the highest scores for every window; of all items, if items are chosen again.
 
     Parameters
     ----------
@@ -163,7 +171,8 @@ def candidates(
     CorecError
         If a user has fewer than `top_k` unseen items.
     """
-    left = model.items.num_embeddings - 1 - int(windows["position"].max())
+    again = chosen_again(interactions)
+    left = model.items.num_embeddings - 1 - (0 if again else int(windows["position"].max()))
     if params.top_k > left:
         raise CorecError(
             f"Parameter sasrec.top_k is {params.top_k}, but some user has only {left} items of the catalogue left to "
@@ -179,7 +188,8 @@ def candidates(
         user = owners[rows[0]]
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            best = retrieve(model, states[torch.from_numpy(part)], items[user], positions[part], params.top_k)
+            seen = 0 * positions[part] if again else positions[part]
+            best = retrieve(model, states[torch.from_numpy(part)], items[user], seen, params.top_k)
             best_items[part], best_scores[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
             if time.monotonic() - shown > 20:
                 print(f"candidates: up to user {user}", flush=True)
