@@ -14,7 +14,7 @@ from corec.params import ControlsParams, DataParams, SasrecParams
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Purchases of two households: each buys six products in three baskets, the first two of them again."""
+    """Purchases of two households: each buys six products, two at a time, the first two of them twice."""
     products = pd.DataFrame(
         {
             "product_id": np.arange(101, 109),
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     )  # fmt: skip
     rows = []
     for household in (1, 2):
-        basket = [101, 102, 103, 104, 105, 107 if household == 1 else 108, 101, 102]
+        basket = [101, 102, 101, 102, 103, 104, 105, 107 if household == 1 else 108]
         for place, product in enumerate(basket):
             day = pd.Timestamp("2017-01-01") + pd.Timedelta(days=place // 2 + household)
             rows.append((household, product, day, 2, 2.0 * (product - 100)))

@@ -41,8 +41,8 @@ def items_by_user(interactions: pd.DataFrame) -> dict[Any, np.ndarray]:
 
 
 def chosen_again(interactions: pd.DataFrame) -> bool:
-    """Whether a user has chosen an item more than once (``data.repeats``); items that were seen are then candidates again."""
-    return bool(interactions.duplicated(["user", "item"]).any())
+    """Whether a user has chosen an item more than once in training (``data.repeats``); seen items are then candidates again."""
+    return bool(interactions[interactions["split"] == "train"].duplicated(["user", "item"]).any())
 
 
 def queries(interactions: pd.DataFrame, windows: pd.DataFrame, max_length: int) -> Queries:
