@@ -255,6 +255,8 @@ class RerankerParams(Model):
     control_target: Literal["graded", "all", "mixture", "none"] = "graded"
     truth_bonus: bool = True  # the control score of the true next item is one higher
     truth_logits: float = Field(3.0, ge=0)  # listwise: the truth bonus in the softmax
+    # index, before: weight of the loss of the read-out `candidate` on the states of the same pass, which it learns first.
+    auxiliary: float = Field(0.0, ge=0)
     match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
     seeds: int = Field(1, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     gradient_checkpointing: bool = False
@@ -273,6 +275,11 @@ class RerankerParams(Model):
             raise ValueError(
                 "parameter 'reranker.readout' 'late' compares candidates with a request that follows them: "
                 "set reranker.request_position to 'after'."
+            )
+        if self.auxiliary and (self.readout != "index" or self.request_position != "before"):
+            raise ValueError(
+                "parameter 'reranker.auxiliary' supports the read-out 'index': set reranker.readout to 'index' and "
+                "reranker.request_position to 'before', or reranker.auxiliary to 0."
             )
         if self.control == "constraints" and self.readout != "late":
             raise ValueError(

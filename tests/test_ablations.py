@@ -163,6 +163,7 @@ def test_soft_states_are_those_of_the_candidates_and_the_user(world: World) -> N
         ({"curriculum_k": [7]}, "curriculum_k' lists 7"),
         ({"soft_width": 6}, "soft_width' is 6: set it to 0, or to twice sasrec.hidden"),
         ({"loss": "truth", "curriculum_steps": 2}, "'truth' needs the true next item"),
+        ({"auxiliary": 1.0}, "'reranker.auxiliary' supports the read-out 'index'"),
         ({"soft_width": 128, "readout": "index"}, "readout to 'late' or 'candidate'"),
     ],
 )
@@ -189,6 +190,34 @@ def test_narrow_pools_keep_order_and_truth(world: World) -> None:
         assert places == sorted(places) and (few.retriever_rank[i] == pools.retriever_rank[i, places]).all()
         truth = pools.candidates[i, pools.truth[i]] if pools.truth[i] >= 0 else None
         assert (few.candidates[i, few.truth[i]] == truth) if few.truth[i] >= 0 else truth not in few.candidates[i]
+
+
+def test_the_auxiliary_read_out_learns_with_the_index_and_leaves_its_scores(world: World, tmp_path: Path) -> None:
+    changes = {"readout": "index", "request_position": "before", "requests_per_window": 1}
+    own = world.params(**changes, auxiliary=1.0)
+    model = world.build(own)
+    unlike_start(model)
+    alone = world.build(world.params(**changes))
+    unlike_start(alone)
+    with torch.no_grad():
+        for name, value in alone.trainable().items():
+            value.copy_(model.trainable()[name])
+    scores = [reranker.score(each, world.examples, world.pools, world.requests) for each in (model, alone)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+    batch = reranker.training_batch(world.examples, own, 4)  # one constraint
+    rows = reranker.make_rows(model, world.examples, batch.pools, batch.requests)
+    model.model.train()
+    parts, _ = model.parts(rows)
+    assert parts.auxiliary is not None and parts.auxiliary.shape == parts.control.shape
+    whole = loss_of(parts, None, batch.targets, own.reranker)
+    bare = loss_of(parts._replace(auxiliary=None), None, batch.targets, own.reranker)
+    assert whole.item() > bare.item()
+    curve = reranker.train(model, world.examples, own, None)
+    assert len(curve) == 8 and model.head.relevance.weight.abs().sum() > 0
+    reranker.save(model, curve, tmp_path)
+    loaded = reranker.load(tmp_path, world.tables.items, world.prepared.vocabulary, own.reranker)
+    again = [reranker.score(each, world.examples, world.pools, world.requests) for each in (model, loaded)]
+    np.testing.assert_allclose(*again, atol=1e-5)
 
 
 def test_what_a_request_asks_for() -> None:

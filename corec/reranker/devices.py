@@ -32,7 +32,7 @@ class Scorer(nn.Module):
     def __init__(self, reranker: Reranker) -> None:
         super().__init__()
         self.model, self.head = reranker.model, reranker.head
-        if reranker.params.readout == "index":
+        if reranker.params.readout == "index" and not reranker.params.auxiliary:
             self.head.requires_grad_(False)
         self._parts = reranker.parts
 

@@ -52,6 +52,11 @@ class Reranker:
         """The causal LM with its adapter, without the peft wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    @property
+    def supported(self) -> bool:
+        """Whether a pass also gives the scores of the read-out ``candidate``, for the auxiliary loss of ``index``."""
+        return self.params.auxiliary > 0 and bool(self.model.training)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of the token ids `ids` [...], with the trainable rows of the new tokens.
 
@@ -93,7 +98,7 @@ class Reranker:
         -------
         States [batch, L, hidden]: of the embeddings and all layers with ``layers: mix``, otherwise of the last layer only.
         """
-        mixed = self.params.readout != "index" and self.params.layers == "mix"
+        mixed = (self.params.readout != "index" or self.supported) and self.params.layers == "mix"
         if self.fused is not None and positions is not None and self.fused.device == embedded.device:
             return self.fused(embedded, positions, mask, cache, every=mixed)  # type: ignore[no-any-return]
         output = self.causal.base_model(
@@ -140,7 +145,10 @@ class Reranker:
         prior = batch.prior if self.params.prior else None
         if self.params.readout == "index":
             last = layers[-1][torch.arange(len(rows), device=self.device)[:, None], batch.answers]  # [rows, R, hidden]
-            return self.index_parts(self.index_logits(last, len(rows[0].spans))), prior
+            parts = self.index_parts(self.index_logits(last, len(rows[0].spans)))
+            if self.supported:
+                parts = parts._replace(auxiliary=self.head.relevance(self.head.pool(batch.candidates, layers)).transpose(1, 2))
+            return parts, prior
         return self.head_parts(batch, layers), prior
 
     def index_parts(self, logits: Tensor) -> Parts:
@@ -176,9 +184,9 @@ class Reranker:
         self.trained = False
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters of the model and, unless the read-out is ``index``, of the head, by name."""
+        """Trainable parameters of the model and, unless the read-out is ``index`` alone, of the head, by name."""
         named = {f"model.{name}": value for name, value in self.model.named_parameters() if value.requires_grad}
-        if self.params.readout != "index":
+        if self.params.readout != "index" or self.params.auxiliary:
             named |= {f"head.{name}": value for name, value in self.head.named_parameters()}
         return named
 

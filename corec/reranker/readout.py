@@ -29,6 +29,7 @@ class Parts(NamedTuple):
     control: Tensor  # [batch, R, K], at strength 1
     gate: Tensor | None = None  # [batch, R], factor of the prior; None if the model has no prior
     match: Tensor | None = None  # [batch, R, n, K], log-odds that a candidate meets a constraint; with ``control: constraints``
+    auxiliary: Tensor | None = None  # scores of the read-out ``candidate`` [batch, R, K] beside those of ``index``, in training
 
     def scores(self, prior: Tensor | None = None, strength: float | Tensor = 1.0) -> Tensor:
         """Scores [batch, R, K].

@@ -114,7 +114,8 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
 
     ``ranknet``: RankNet on control scores. ``listwise``: divergence from softmax(p + c * strength * wanted + b * truth), where p
     is the prior (0 if the model has none), c = ``control_logits`` and b = ``truth_logits``. ``truth``: cross-entropy to the true
-    next item. With ``control: constraints``, ``match_loss`` times the cross-entropy of each constraint is added.
+    next item. With ``control: constraints``, ``match_loss`` times the cross-entropy of each constraint is added; with
+    ``auxiliary``, that number times RankNet on the scores of the read-out ``candidate``.
 
     Parameters
     ----------
@@ -132,6 +133,7 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
         parts.control.reshape(control.shape),
         None if parts.gate is None else parts.gate.reshape(shape),
         None if parts.match is None else parts.match.reshape(met.shape),
+        None if parts.auxiliary is None else parts.auxiliary.reshape(control.shape),
     )
     prior = None if prior is None else prior.reshape(len(control), -1, prior.shape[-1])[:, 0]
     scores = parts.scores(prior, strength[..., None])
@@ -142,6 +144,8 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     else:
         wanted = params.control_logits * strength[..., None] * asked + params.truth_logits * truth[:, None]
         loss = listwise(scores, wanted if prior is None else wanted + prior[:, None])
+    if parts.auxiliary is not None:
+        loss = loss + params.auxiliary * ranknet(parts.auxiliary, control)
     if parts.match is not None and params.match_loss:
         loss = loss + params.match_loss * match_loss(parts.match, met, present)
     return loss
