@@ -217,6 +217,7 @@ def test_the_auxiliary_read_out_learns_with_the_index_and_leaves_its_scores(worl
     reranker.save(model, curve, tmp_path)
     loaded = reranker.load(tmp_path, world.tables.items, world.prepared.vocabulary, own.reranker)
     again = [reranker.score(each, world.examples, world.pools, world.requests) for each in (model, loaded)]
+    assert not reranker.zero_shot(world.tables.items, world.prepared.vocabulary, own.reranker).params.auxiliary
     np.testing.assert_allclose(*again, atol=1e-5)
 
 

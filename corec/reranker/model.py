@@ -325,6 +325,7 @@ def zero_shot(items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParam
         "prior": False,
         "loss": "ranknet",
         "soft_width": 0,
+        "auxiliary": 0,
     }
     return build(items, vocabulary, params.model_copy(update=plain), seed=0, adapted=False)
 
