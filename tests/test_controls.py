@@ -148,7 +148,7 @@ def test_saved_and_loaded_alike(start_stages: Callable[[Params, str], stages.Sta
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"scheme": "movielans"}, "no scheme 'movielans': name one of amazon, movielens"),
+        ({"scheme": "movielans"}, "no scheme 'movielans': name one of amazon, complete-journey, movielens"),
         ({"attributes": ["era", "prize"]}, "no attribute 'prize'"),
         ({"scheme": "amazon"}, "needs the column 'price'"),
     ],

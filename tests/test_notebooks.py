@@ -22,7 +22,14 @@ SMALL = {
     "controls": {"k": 16, "n_tokens": [0, 1, 2], "train_truth": "any", "max_windows": {"train": 200, "valid": 40, "test": 8}},
     "reranker": {"steps": 2, "curriculum_steps": 1, "batch_size": 2, "requests_per_window": 4},
     "evaluation": {"bootstrap": 20, "ks": [1, 5]},
-    "study": {"seeds": 1, "loss_seconds": 0.01, "readout_steps": 1, "order_minutes": 0.001},
+    "study": {
+        "seeds": 1,
+        "loss_seconds": 0.01,
+        "readout_steps": 1,
+        "order_minutes": 0.001,
+        "ablations": ["soft tokens"],
+        "surface": [16],
+    },
     "efficiency": {"candidates": [5, 8], "repeats": 2, "users": 3},
 }
 
