@@ -55,10 +55,11 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
         stages.ancestors("figures")
     )
     pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
-    assert (
-        pictures
-        == "efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png frontier.png loss_curves.png orders.png readouts.png seed_curves.png".split()
+    expected = (
+        "ablations.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png frontier.png "
+        "loss_curves.png orders.png readouts.png seed_curves.png surface.png"
     )
+    assert pictures == expected.split()
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
     assert "Warning" not in said, "no notebook prints a warning"
 
