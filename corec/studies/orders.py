@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from corec import evaluation, files, pages, stages
-from corec.intervals import by_user, intervals
+from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
 from corec.studies import with_reranker
@@ -177,7 +177,7 @@ def judge_orders(
         orders = {"sasrec": [evaluation.retriever_order(pools)], "rule": [evaluation.rule_order(pools, judged.met)]}
         for (name, _), array in scores.items():
             orders.setdefault(name, []).append(evaluation.order_by(array[:, place]))
-        for metric, key in (("cp", ("cp", cut, n)), ("ndcg", ("ndcg", cut, 0)))[not n :]:
+        for metric, key in evaluation.control_and_relevance(cut, n).items():
             for name, of in orders.items():
                 seeds = np.stack([evaluation.by_window(order, judged, [cut])[key] for order in of])  # [seeds, windows]
                 each = by_user(seeds.T.astype(float), users).mean(axis=0)
@@ -186,12 +186,8 @@ def judge_orders(
                 ranges.append((each.min(), each.max(), len(of)))
     values = by_user(np.stack(columns, axis=1).astype(float), users)
     base = [keys.index((first, n, metric)) for _, n, metric in keys]
-    both = np.concatenate([values, values - values[:, base]], axis=1)
-    middle, (low, high), count = both.mean(axis=0), intervals(both, params.evaluation, params.seed), len(keys)
-    table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).assign(
-        value=middle[:count], low=low[:count], high=high[:count],
-        ahead=middle[count:], ahead_low=low[count:], ahead_high=high[count:],
-    )  # fmt: skip
+    numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
+    table = pd.DataFrame(keys, columns=["variant", "n_tokens", "metric"]).join(numbers)
     table[["lowest", "highest", "seeds"]] = ranges
     about = {"n_users": len(values), "K": pools.candidates.shape[1], "minutes": params.study.order_minutes}
     return table.astype({"seeds": int}).assign(dataset=params.data.dataset, protocol=params.controls.protocol, **about)

@@ -8,10 +8,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import files, pages
 from corec.params import Params
 from corec.reranker import Examples, build, train
-from corec.studies import with_reranker
+from corec.studies import keep_study, with_reranker
 
 # Read-outs to compare. `candidate` needs one row per request, so it gets fewer requests; all have about equally many tokens
 # per step.
@@ -53,12 +52,7 @@ def compare_readouts(items: pd.DataFrame, examples: Examples, params: Params) ->
 
 def keep(curves: pd.DataFrame, params: Params, folder: Path) -> list[Path]:
     """Write the curves of :func:`compare_readouts`, their plot and the results page to `folder`; return the paths."""
-    written = [folder / "readouts.csv", folder / "readouts.png"]
-    files.write_text(written[0], curves.assign(dataset=params.data.dataset).to_csv(index=False, float_format="%.4f"))
-    draw(curves).savefig(written[1], dpi=130)
-    plt.close()
-    pages.write_study(folder)
-    return written
+    return keep_study(curves.assign(dataset=params.data.dataset), draw(curves), folder / "readouts", "%.4f")
 
 
 def draw(curves: pd.DataFrame) -> Figure:

@@ -8,12 +8,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import controls, evaluation, evidence, files, pages, rankers
+from corec import controls, evaluation, evidence, rankers
 from corec.data import Tables
 from corec.evaluation import order_by
-from corec.intervals import by_user, intervals
+from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.reranker import Reranker, load_examples, score_parts
+from corec.studies import keep_study
 
 MODELS = ("sasrec", "combiner", "hard-filter", "hard-filter+combiner", "rule", "corec")
 
@@ -56,27 +57,20 @@ def measure(model: Reranker, tables: Tables, candidates: pd.DataFrame, params: P
             orders = rankers.without_model(pools, judged, given, params.evaluation.boost) | {"corec": order_by(scores[:, place])}
             for name in (name for name in MODELS if name in orders):
                 found = evaluation.by_window(orders[name], judged, [cut])
-                for metric, key in (("cp", ("cp", cut, n)), ("ndcg", ("ndcg", cut, 0)))[not n :]:
+                for metric, key in evaluation.control_and_relevance(cut, n).items():
                     keys.append((k, n, name, metric))
                     columns.append(found[key])
         values = by_user(np.stack(columns, axis=1).astype(float), users)
         ours = [keys.index((k, n, "corec", metric)) for _, n, _, metric in keys]
-        both = np.concatenate([values, values[:, ours] - values], axis=1)
-        ends = np.stack([both.mean(axis=0), *intervals(both, params.evaluation, params.seed)], axis=1)
-        table = pd.DataFrame(keys, columns=["K", "n_tokens", "model", "metric"])
-        table[["value", "low", "high"]], table[["ahead", "ahead_low", "ahead_high"]] = np.split(ends, 2)
+        numbers = with_differences(values, values[:, ours] - values, params.evaluation, params.seed)
+        table = pd.DataFrame(keys, columns=["K", "n_tokens", "model", "metric"]).join(numbers)
         tables_of.append(table.assign(k=cut, n_users=len(values)))
     return pd.concat(tables_of, ignore_index=True).assign(dataset=params.data.dataset, protocol=params.controls.protocol)
 
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of :func:`measure`, its plot and the results page; returns the files."""
-    written = [folder / "surface.csv", folder / "surface.png"]
-    files.write_text(written[0], table.to_csv(index=False, float_format="%.5g"))
-    draw(table).savefig(written[1], dpi=130)
-    plt.close()
-    pages.write_study(folder)
-    return written
+    return keep_study(table, draw(table), folder / "surface", "%.5g")
 
 
 def draw(table: pd.DataFrame) -> Figure:
