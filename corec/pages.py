@@ -105,6 +105,71 @@ def surface_section(folder: Path) -> Iterator[Section]:
     yield "Candidates and tokens", [about, "", *markdown(header, rows)]
 
 
+def missing_sections(folder: Path) -> Iterator[Section]:
+    """CP when metadata is missing or wrong (:mod:`corec.studies.missing`), of one or several data sets."""
+    path = folder / "missing.csv"
+    table = pd.read_csv(path if path.exists() else folder / "metrics.csv")
+    for dataset, part in table.groupby("dataset", sort=False):
+        first, cut = part.iloc[0], part["k"].iloc[0]
+        seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
+        about = f"K = {first['K']}, protocol `{first['protocol']}`, {part['n_users'].max()} test users, {seeds}."
+        rows = part[(part["metric"] == "cp") & (part["attribute"] == "all")]
+        for column, heading in (("missing", "missing values"), ("wrong", "wrong values")):
+            other = "wrong" if column == "missing" else "missing"
+            some = rows[rows[other] == 0]
+            if column == "missing" or bool((some[column] > 0).any()):
+                yield f"{dataset}: CP@{cut} by share of {heading}", [about, "", *share_table(some, column)]
+        single = part[(part["metric"] == "cp") & (part["attribute"] != "all") & (part["wrong"] == 0)]
+        yield f"{dataset}: CP@{cut} with one token, by attribute", by_attribute(single)
+        both = rows[(rows["model"] != "sasrec") & (rows["model"] != "combiner") & (rows["imputer"] != "truth")]
+        ours = both[both["model"].str.startswith("corec") | both["imputer"].str.startswith("corec")]
+        about = "Paired, with intervals over users; the best imputer is the best one on these test users."
+        yield f"{dataset}: CP@{cut} minus that of the rule with the best imputer", [about, "", *ahead_table(ours)]
+
+
+def ranker(model: str, imputer: str) -> str:
+    """Name of a model with an imputer."""
+    return f"`{model}`" if imputer == "none" and model != "rule" else f"`{model}`, `{imputer}`"
+
+
+def share_table(rows: pd.DataFrame, column: str) -> list[str]:
+    """CP of every ranker by number of tokens and share in `column`."""
+    shares, lengths = sorted(rows[column].unique()), sorted(rows["n_tokens"].unique())
+    header = ["", *(f"{share:.0%}, {n} token{'s' if n > 1 else ''}" for n in lengths for share in shares)]
+    lines = []
+    for (model, imputer), part in rows.groupby(["model", "imputer"], sort=False):
+        cells = part.set_index(["n_tokens", column])["value"]
+        texts = [f"{cells[n, share]:.3f}" if (n, share) in cells.index else "" for n in lengths for share in shares]
+        lines.append([ranker(str(model), str(imputer)), *texts])
+    return markdown(header, lines)
+
+
+def by_attribute(rows: pd.DataFrame) -> list[str]:
+    """CP of every ranker by attribute and share of missing values."""
+    shares, names = sorted(rows["missing"].unique()), list(rows["attribute"].unique())
+    header = ["", *(f"{name}, {share:.0%}" for name in names for share in shares)]
+    lines = []
+    for (model, imputer), part in rows.groupby(["model", "imputer"], sort=False):
+        cells = part.set_index(["attribute", "missing"])["value"]
+        lines.append([ranker(str(model), str(imputer)), *(f"{cells[name, share]:.3f}" for name in names for share in shares)])
+    return markdown(header, lines)
+
+
+def ahead_table(rows: pd.DataFrame) -> list[str]:
+    """Differences from the best imputer by share, number of tokens and ranker."""
+    keys = list(dict.fromkeys(zip(rows["model"], rows["imputer"], strict=True)))
+    header = ["missing", "wrong", "tokens", "best imputer", *(ranker(*key) for key in keys)]
+    lines = []
+    for (missing, wrong, n), part in rows.groupby(["missing", "wrong", "n_tokens"], sort=True):
+        cells = part.set_index(["model", "imputer"])
+        texts = [
+            f"{row['ahead']:+.3f} ({row['ahead_low']:+.3f} to {row['ahead_high']:+.3f})"
+            for row in (cells.loc[key] for key in keys)
+        ]
+        lines.append([f"{missing:.0%}", f"{wrong:.0%}", str(n), f"`{part['best'].iloc[0]}`", *texts])
+    return markdown(header, lines)
+
+
 def readouts_section(folder: Path) -> Iterator[Section]:
     """Loss of the read-outs (:mod:`corec.studies.readouts`)."""
     table = pd.read_csv(folder / "readouts.csv")
@@ -216,8 +281,14 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "ablations.csv": ablations_sections,
     "surface.csv": surface_section,
     "efficiency.csv": efficiency_sections,
+    "missing.csv": missing_sections,
     "data.csv": bench_sections,
 }
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the figures of a run."""
+    return (folder / "metrics.csv").exists() and (folder / "fig7.csv").exists()
 
 
 def run_page(folder: Path) -> str | None:
@@ -225,7 +296,7 @@ def run_page(folder: Path) -> str | None:
 
     The introduction and the section *Other measurements*, which are in no CSV file, are copied from the existing page.
     """
-    if not (folder / "metrics.csv").exists():
+    if not is_run(folder):
         return None
     old = (folder / "results.md").read_text()
     table = pd.read_csv(folder / "metrics.csv", dtype={"tau": "Int64", "k": "Int64"})
@@ -236,7 +307,9 @@ def run_page(folder: Path) -> str | None:
 
 def study_page(folder: Path) -> str | None:
     """Render the page of the studies and benches of a folder from their CSV files; None if it has no known CSV file."""
-    sections = [section for name, make in KINDS.items() if (folder / name).exists() for section in make(folder)]
+    known = [make for name, make in KINDS.items() if (folder / name).exists()]
+    known += [missing_sections] if (folder / "metrics.csv").exists() and not is_run(folder) else []
+    sections = [section for make in known for section in make(folder)]
     if not sections:
         return None
     lines = [f"# Results: {folder.name}", ""]
@@ -258,7 +331,7 @@ def write_study(folder: Path) -> None:
     """Write the page of a folder's studies. Several studies share it, so it is no output of one stage."""
     text = study_page(folder)
     if text is not None:
-        files.write_text(folder / ("studies.md" if (folder / "metrics.csv").exists() else "results.md"), text)
+        files.write_text(folder / ("studies.md" if is_run(folder) else "results.md"), text)
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

@@ -4,75 +4,13 @@ Unknown names are errors that give the nearest known name. :mod:`corec.profiles`
 cells of a notebook.
 """
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from corec import CorecError
+from corec.checked import Model
 from corec.conflicts import conflict
-
-
-class Model(BaseModel):
-    """Base class of all parameters: frozen, and unknown names are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def checked(cls, values: Mapping[str, Any], origin: str = "parameters") -> Self:
-        """Build the model from `values`.
-
-        Parameters
-        ----------
-        values
-            Values by name.
-        origin
-            Start of the error message.
-
-        Raises
-        ------
-        CorecError
-            For the first fault: an unknown name (with the nearest known one), a value out of range, or values that do not go
-            together.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise CorecError(f"{origin}: {first_fault(cls, error)}") from None
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy with other values. Unlike pydantic's method, it runs all checks (raises CorecError)."""
-        values = {name: getattr(self, name) for name in type(self).model_fields} | dict(update or {})
-        return self.checked(values)
-
-
-def first_fault(model: type[BaseModel], error: ValidationError) -> str:
-    """Describe the first faulty value of a `model` as a sentence that names the parameter."""
-    fault = error.errors()[0]
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    *stage, name = (str(part) for part in fault["loc"])
-    full = ".".join([*stage, name])
-    if fault["type"] == "extra_forbidden":
-        field: Any = model
-        for part in stage:
-            field = field.model_fields[part].annotation
-        near = difflib.get_close_matches(name, field.model_fields, n=1, cutoff=0)[0]
-        return f"there is no parameter {full!r}: did you mean {near!r}?"
-    return f"parameter {full!r} is {fault['input']!r}: {fault['msg']}."
 
 
 class DataParams(Model):
@@ -258,6 +196,9 @@ class RerankerParams(Model):
     # index, before: weight of the loss of the read-out `candidate` on the states of the same pass, which it learns first.
     auxiliary: float = Field(0.0, ge=0)
     match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
+    # constraints, listwise: share of the candidates' attributes that training hides in whole prompts, though not in what the
+    # model learns, so that it reads the titles. Attributes without a value are then unknown, and take no part in the loss.
+    attribute_dropout: float = Field(0.0, ge=0, lt=1)
     seeds: int = Field(1, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     gradient_checkpointing: bool = False
     checkpoint_steps: int = Field(20, ge=1)
@@ -280,6 +221,16 @@ class RerankerParams(Model):
             raise ValueError(
                 "parameter 'reranker.auxiliary' supports the read-out 'index': set reranker.readout to 'index' and "
                 "reranker.request_position to 'before', or reranker.auxiliary to 0."
+            )
+        if self.attribute_dropout and (self.control != "constraints" or self.loss != "listwise"):
+            raise ValueError(
+                "parameter 'reranker.attribute_dropout' needs the probability of each constraint: set reranker.control to "
+                "'constraints' and reranker.loss to 'listwise', or reranker.attribute_dropout to 0."
+            )
+        if self.attribute_dropout and self.control_target != "graded":
+            raise ValueError(
+                "parameter 'reranker.attribute_dropout' supports graded requests: set reranker.control_target to 'graded', or "
+                "reranker.attribute_dropout to 0."
             )
         if self.control == "constraints" and self.readout != "late":
             raise ValueError(
@@ -343,8 +294,11 @@ Ablation = Literal[
 ]  # fmt: skip
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class StudyParams(Model):
-    """Stages 07 and 08: comparisons. Each study writes to the folder of its own run."""
+    """Stages 07, 08 and 10: comparisons. Each study writes to the folder of its own run."""
 
     seeds: int = Field(3, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     loss_seconds: float = Field(60, ge=0)  # 07: training time of each loss at each of three rates; 0 omits this comparison
@@ -355,10 +309,23 @@ class StudyParams(Model):
     surface: list[int] = []  # 08: numbers of candidates under which the variant `corec` is also evaluated; empty omits this
     ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
+    missing: list[Share] = [0, 0.25, 0.5, 0.75, 0.9]  # 10: shares of the attributes of items that are unknown
+    wrong: list[Share] = [0.25, 0.5]  # 10: shares of the attributes of items that have other values, with nothing unknown
+    attribute_dropout: float = Field(0.4, gt=0, lt=1)  # 10: reranker.attribute_dropout of the second model
+    tagger: bool = True  # 10: also guess the values by the untrained backbone (data.tagger)
 
 
 Stage = Literal[
-    "data", "sasrec", "controls", "reranker", "evaluation", "figures", "retriever_study", "prompt_study", "efficiency"
+    "data",
+    "sasrec",
+    "controls",
+    "reranker",
+    "evaluation",
+    "figures",
+    "retriever_study",
+    "prompt_study",
+    "efficiency",
+    "missing_metadata",
 ]
 
 

@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "retriever_study": "07_retriever_study",
     "prompt_study": "08_prompt_study",
     "efficiency": "09_efficiency",
+    "missing_metadata": "10_missing_metadata",
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -39,6 +40,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "retriever_study": ("data", "sasrec"),
     "prompt_study": ("data", "sasrec", "controls"),
     "efficiency": ("data", "sasrec", "controls", "reranker"),
+    "missing_metadata": ("data", "sasrec", "controls"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.
 SECTIONS = {
@@ -46,6 +48,7 @@ SECTIONS = {
     "evaluation": ("evaluation", "figures"),
     "retriever_study": ("sasrec", "study"),
     "prompt_study": ("reranker", "study"),
+    "missing_metadata": ("reranker", "study"),
 }
 PACKAGES = (
     "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "

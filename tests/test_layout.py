@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "corec"
 # From the bottom to the top: a module imports only what is further down, or its own package.
 LAYERS = [
-    ["conflicts"],
+    ["checked", "conflicts"],
     ["params"],
     ["paths"],
     ["files", "machine", "schemes"],

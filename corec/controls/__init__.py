@@ -1,5 +1,6 @@
 """Stage 03: attributes as control values, candidate pools, requests and control scores."""
 
+from corec.controls.incomplete import corrupt, hide
 from corec.controls.pools import (
     Pools,
     Prepared,
@@ -23,7 +24,9 @@ __all__ = [
     "Vocabulary",
     "build_vocabulary",
     "control_scores",
+    "corrupt",
     "draw_requests",
+    "hide",
     "load",
     "make_pools",
     "matches",

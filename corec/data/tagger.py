@@ -53,7 +53,7 @@ def log_likelihoods(model: Any, prompts: Tensor, tags: Sequence[Sequence[int]]) 
 
 
 @torch.inference_mode()
-def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 8) -> list[str]:
+def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 8, prompt: tuple[str, str] = PROMPT) -> list[str]:
     """Choose the best of `tags` for every title; answers are cached on disk.
 
     Parameters
@@ -66,6 +66,8 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
         Name of a language model (see :func:`corec.backbones.load`); part of the cache key.
     batch
         Titles per forward pass. Titles of equal length share a pass, so there is no padding.
+    prompt
+        Text before and after the title.
 
     Returns
     -------
@@ -76,15 +78,15 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
     CorecError
         If the backbone cannot be loaded.
     """
-    store = paths.cache_dir() / "tags" / f"{files.digest([backbone, PROMPT, TITLE_TOKENS, list(tags)])}.json"
+    store = paths.cache_dir() / "tags" / f"{files.digest([backbone, prompt, TITLE_TOKENS, list(tags)])}.json"
     known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
     new = sorted({title for title in titles if title not in known})
     if new:
         model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
         device = machine.device()
         model = model.eval().to(device)
-        before = tokenizer(PROMPT[0])["input_ids"]  # with the beginning-of-text token, if the model has one
-        after = tokenizer(PROMPT[1], add_special_tokens=False)["input_ids"]
+        before = tokenizer(prompt[0])["input_ids"]  # with the beginning-of-text token, if the model has one
+        after = tokenizer(prompt[1], add_special_tokens=False)["input_ids"]
         plain = {"add_special_tokens": False, "split_special_tokens": True}  # text of the data is never a special token
         pieces = tokenizer([f" {name}" for name in tags], **plain)["input_ids"]
         encoded = [ids[:TITLE_TOKENS] for ids in tokenizer([f" {title}" for title in new], **plain)["input_ids"]]

@@ -151,9 +151,10 @@ class Prompter:
         self.titles = [[], *(ids[: params.title_tokens] for ids in encode(tokenizer, items["title"].tolist()))]
         in_history = np.array([attribute.in_history for attribute in vocabulary.attributes])
         self.values = [self._value_ids(value) for value in range(len(vocabulary.labels))]
-        item_values = [row[row >= 0] for row in vocabulary.values_of]
-        self.described = [self._describe(values) for values in item_values]
-        self.described_short = [self._describe(values[in_history[vocabulary.attribute_of[values]]]) for values in item_values]
+        self.item_values = [row[row >= 0] for row in vocabulary.values_of]
+        self.described = [self._describe(values) for values in self.item_values]
+        short = (values[in_history[vocabulary.attribute_of[values]]] for values in self.item_values)
+        self.described_short = [self._describe(values) for values in short]
         self.newline, self.between = self._encode("\n"), self._encode(" |||") if params.values == "words" else []
         self.heading_history = self._encode("The user's history, oldest first:\n")
         self.heading_candidates = self._encode("Rank these candidates for the user's next choice:\n")
@@ -193,7 +194,12 @@ class Prompter:
         return ids, spans
 
     def row(
-        self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool = False
+        self,
+        history: Sequence[int],
+        candidates: Sequence[int],
+        requests: Sequence[Sequence[int]],
+        plain: bool = False,
+        hidden: np.ndarray | None = None,
     ) -> Row:
         """Encode one window as a row.
 
@@ -205,6 +211,8 @@ class Prompter:
             Value ids of each request; exactly one request with ``request_position: before``.
         plain
             Omit the titles and the history (first part of the curriculum).
+        hidden
+            Attributes that the line of each candidate omits [K, attributes]; None for none.
 
         Raises
         ------
@@ -213,7 +221,7 @@ class Prompter:
         """
         self.cut["rows"] += 1
         titles, recent = self.params.title_tokens, list(history)
-        row = self._row(recent, candidates, requests, plain, titles)
+        row = self._row(recent, candidates, requests, plain, titles, hidden)
         while self.limit and (over := len(row.prefix) + self.reserve - self.limit) > 0:
             if titles:  # shorten every line by the same number of tokens, at least one
                 titles = max(0, titles - -(-over // (len(recent) + len(candidates))))
@@ -224,7 +232,7 @@ class Prompter:
                     f"A prompt of {len(candidates)} candidates takes {self.limit + over} positions even without titles and "
                     f"history, the backbone has {self.limit}: lower controls.k, or name a reranker.backbone with more."
                 )
-            row = self._row(recent, candidates, requests, plain, titles)
+            row = self._row(recent, candidates, requests, plain, titles, hidden)
         self.cut["shorter titles"] += titles < self.params.title_tokens
         self.cut["shorter histories"] += len(recent) < len(history)
         return row
@@ -236,7 +244,13 @@ class Prompter:
         self.cut = dict.fromkeys(self.cut, 0)
 
     def _row(
-        self, history: Sequence[int], candidates: Sequence[int], requests: Sequence[Sequence[int]], plain: bool, titles: int
+        self,
+        history: Sequence[int],
+        candidates: Sequence[int],
+        requests: Sequence[Sequence[int]],
+        plain: bool,
+        titles: int,
+        hidden: np.ndarray | None = None,
     ) -> Row:
         """Encode a window as in :meth:`row`, with at most `titles` tokens per title."""
         ids: list[int] = []
@@ -256,7 +270,11 @@ class Prompter:
                 ids.append(self._ids[index_token(place)])
             if self.params.soft_width:
                 ids.append(self._ids[SOFT])
-            ids += ([] if plain else self.titles[item][:titles]) + self.described[item] + self.newline
+            described = self.described[item]
+            if hidden is not None:
+                values = self.item_values[item]
+                described = self._describe(values[~hidden[place, self.vocabulary.attribute_of[values]]])
+            ids += ([] if plain else self.titles[item][:titles]) + described + self.newline
             spans.append((start, len(ids)))
         if before:
             return Row(ids, spans, [self.newline + self.question])

@@ -149,7 +149,7 @@ def listwise(scores: Tensor, targets: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - scores.log_softmax(-1))).sum(-1).mean()
 
 
-def match_loss(match: Tensor, met: Tensor, present: Tensor) -> Tensor:
+def match_loss(match: Tensor, met: Tensor, present: Tensor, known: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of the log-odds `match` to the constraints met.
 
     Mean over the constraints of each window that are `present`, then over the windows.
@@ -160,6 +160,9 @@ def match_loss(match: Tensor, met: Tensor, present: Tensor) -> Tensor:
         Log-odds and 0 or 1, both [windows, R, n, K].
     present
         Whether a request has the constraint [windows, R, n], 0 or 1.
+    known
+        Whether it is known if a candidate meets the constraint [windows, R, n, K], 0 or 1; other pairs are omitted. None: all.
     """
-    terms = F.binary_cross_entropy_with_logits(match, met, reduction="none").mean(-1) * present
+    each = F.binary_cross_entropy_with_logits(match, met, weight=known, reduction="none")
+    terms = (each.mean(-1) if known is None else each.sum(-1) / known.sum(-1).clamp(min=1)) * present
     return (terms.sum((1, 2)) / present.sum((1, 2)).clamp(min=1)).mean()

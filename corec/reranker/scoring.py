@@ -73,7 +73,12 @@ def fingerprint(examples: Examples) -> str:
 
 
 def make_rows(
-    reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], plain: bool = False
+    reranker: Reranker,
+    examples: Examples,
+    pools: Pools,
+    requests: Sequence[np.ndarray],
+    plain: bool = False,
+    hidden: np.ndarray | None = None,
 ) -> list[Row]:
     """Encode windows as rows, each window under several requests.
 
@@ -87,6 +92,8 @@ def make_rows(
         One array [windows, n] per request; n may differ between requests.
     plain
         Omit the titles and the history (see :meth:`corec.reranker.Prompter.row`).
+    hidden
+        Attributes that the lines of the candidates omit [windows, K, attributes]; None for none.
 
     Returns
     -------
@@ -98,7 +105,8 @@ def make_rows(
         of_window = [request[i] for request in requests]
         shared = reranker.packs and reranker.params.request_position == "after"
         groups = [of_window] if shared else [[request] for request in of_window]
-        made = (reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain) for group in groups)
+        omitted = None if hidden is None else hidden[i]
+        made = [reranker.prompter.row(examples.history[window], pools.candidates[i], group, plain, omitted) for group in groups]
         prior = examples.prior[window] if reranker.params.prior else None
         soft = soft_of(examples, window) if reranker.params.soft_width else None
         rows += [row._replace(prior=prior, soft=soft) for row in made]

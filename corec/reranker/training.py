@@ -33,6 +33,7 @@ class Targets(NamedTuple):
     control: np.ndarray  # control scores [windows, R, K], with the truth bonus
     wanted: np.ndarray  # what the requests ask of each candidate [windows, R, K], see ``reranker.control_target``
     met: np.ndarray  # constraints met [windows, R, n, K], 0 where a request has fewer
+    known: np.ndarray  # whether that is known [windows, R, n, K], 0 or 1; used with ``reranker.attribute_dropout``
     present: np.ndarray  # constraints of the requests [windows, R, n], 0 or 1
     truth: np.ndarray  # the true next item [windows, K], 0 or 1; all 0 without a truth bonus
     strength: np.ndarray  # of the requests [windows, R]
@@ -43,7 +44,7 @@ class Targets(NamedTuple):
         windows, requests, k = control.shape
         met, present = np.zeros((windows, requests, 0, k), np.float32), np.zeros((windows, requests, 0), np.float32)
         truth, strength = np.zeros((windows, k), np.float32), np.ones((windows, requests), np.float32)
-        return cls(control, control, met, present, truth, strength)
+        return cls(control, control, met, np.ones_like(met), present, truth, strength)
 
     def take(self, rows: Any) -> "Targets":
         """Select windows."""
@@ -57,6 +58,7 @@ class TrainingBatch(NamedTuple):
     requests: list[np.ndarray]  # R arrays [windows, n]
     targets: Targets
     plain: bool
+    hidden: np.ndarray | None = None  # attributes that the lines of the candidates omit [windows, K, attributes]
 
 
 def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
@@ -68,6 +70,8 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
 
     With the loss ``listwise``, the strength of each request is the square of a uniform number, so that half are below 1/4;
     otherwise it is 1.
+
+    With ``attribute_dropout``, whole prompts omit this share of the candidates' attributes; the targets do not depend on it.
     """
     settings, prepared = params.reranker, examples.prepared
     rng = np.random.default_rng([params.seed, 4, step])
@@ -92,14 +96,19 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
         asked + truth[:, None],
         asked,
         np.zeros((*shape, max(lengths), pools.candidates.shape[1]), np.float32),
+        np.ones((*shape, max(lengths), pools.candidates.shape[1]), np.float32),
         np.zeros((*shape, max(lengths)), np.float32),
         truth.astype(np.float32),
         (rng.random(shape) ** 2 if settings.loss == "listwise" else np.ones(shape)).astype(np.float32),
     )
+    known = prepared.vocabulary.known()[pools.candidates]  # [windows, K, attributes]
+    rows = np.arange(len(pools.window))[:, None]
     for place, (request, each) in enumerate(zip(requests, met, strict=True)):
         targets.met[:, place, : request.shape[1]] = each.transpose(0, 2, 1)
+        targets.known[:, place, : request.shape[1]] = known.transpose(0, 2, 1)[rows, prepared.vocabulary.kind(request)]
         targets.present[:, place, : request.shape[1]] = request >= 0
-    return TrainingBatch(pools, requests, targets, plain)
+    hidden = rng.random(known.shape) < settings.attribute_dropout if settings.attribute_dropout and not plain else None
+    return TrainingBatch(pools, requests, targets, plain, hidden)
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -115,7 +124,9 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     ``ranknet``: RankNet on control scores. ``listwise``: divergence from softmax(p + c * strength * wanted + b * truth), where p
     is the prior (0 if the model has none), c = ``control_logits`` and b = ``truth_logits``. ``truth``: cross-entropy to the true
     next item. With ``control: constraints``, ``match_loss`` times the cross-entropy of each constraint is added; with
-    ``auxiliary``, that number times RankNet on the scores of the read-out ``candidate``.
+    ``auxiliary``, that number times RankNet on the scores of the read-out ``candidate``. With ``attribute_dropout``, constraints
+    on unknown attributes of a candidate are omitted from the cross-entropy, and count in `wanted` with the model's own
+    probability.
 
     Parameters
     ----------
@@ -126,7 +137,9 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     params
         Loss and its weights.
     """
-    control, asked, met, present, truth, strength = (torch.from_numpy(values).to(parts.control.device) for values in targets)
+    control, asked, met, known, present, truth, strength = (
+        torch.from_numpy(values).to(parts.control.device) for values in targets
+    )
     shape = strength.shape  # windows, R; a window has one row, or one for each request
     parts = Parts(
         parts.relevance.reshape(len(control), -1, control.shape[-1]),
@@ -135,6 +148,8 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
         None if parts.match is None else parts.match.reshape(met.shape),
         None if parts.auxiliary is None else parts.auxiliary.reshape(control.shape),
     )
+    if params.attribute_dropout and parts.match is not None:
+        asked = (torch.where(known > 0, met, parts.match.detach().sigmoid()) * present[..., None]).sum(2)
     prior = None if prior is None else prior.reshape(len(control), -1, prior.shape[-1])[:, 0]
     scores = parts.scores(prior, strength[..., None])
     if params.loss == "ranknet":
@@ -147,7 +162,7 @@ def loss_of(parts: Parts, prior: Tensor | None, targets: Targets, params: Rerank
     if parts.auxiliary is not None:
         loss = loss + params.auxiliary * ranknet(parts.auxiliary, control)
     if parts.match is not None and params.match_loss:
-        loss = loss + params.match_loss * match_loss(parts.match, met, present)
+        loss = loss + params.match_loss * match_loss(parts.match, met, present, known if params.attribute_dropout else None)
     return loss
 
 
@@ -302,7 +317,8 @@ def train(
         batch = training_batch(examples, params, step)
         part = devices.share(len(batch.pools.window), accelerator.process_index, accelerator.num_processes)
         pools = batch.pools.take(np.arange(len(batch.pools.window))[part])
-        prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain)
+        hidden = None if batch.hidden is None else batch.hidden[part]
+        prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain, hidden)
         losses = devices.gather(backward(reranker, prompts, batch.targets.take(part), module))
         loss = sum(losses) / len(losses)
         clock.tick()

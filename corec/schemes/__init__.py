@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError, field_validator, model_validator
 
 from corec import CorecError, paths
-from corec.params import Model, first_fault
+from corec.checked import Model, first_fault
 
 
 class Attribute(Model):

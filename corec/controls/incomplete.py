@@ -1,0 +1,63 @@
+"""Incomplete and wrong metadata: a vocabulary in which values of items are unknown, or those of other items."""
+
+import dataclasses
+
+import numpy as np
+
+from corec.controls.pools import Vocabulary
+
+
+def padded(values: np.ndarray) -> np.ndarray:
+    """Sort each row of `values` [items + 1, slots] in ascending order, with -1 last, and drop empty columns."""
+    last = np.iinfo(values.dtype).max
+    ordered = np.sort(np.where(values < 0, last, values), axis=1)
+    ordered[ordered == last] = -1
+    return ordered[:, : max(1, int((ordered >= 0).any(axis=0).sum()))]
+
+
+def hide(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
+    """Make a random part of the pairs of an item and an attribute unknown.
+
+    The pairs that are unknown with one share are unknown with all larger shares and the same seed.
+
+    Parameters
+    ----------
+    vocabulary
+        All values.
+    share
+        Share of the pairs, between 0 and 1. All values of a pair become unknown.
+    seed
+        Seed of the choice.
+    """
+    shape = (len(vocabulary.values_of), len(vocabulary.attributes))
+    unknown = np.random.default_rng([seed, 7]).random(shape) < share
+    hidden = np.take_along_axis(unknown, vocabulary.kind(vocabulary.values_of).clip(min=0), axis=1)
+    return dataclasses.replace(vocabulary, values_of=padded(np.where(hidden, -1, vocabulary.values_of)))
+
+
+def corrupt(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
+    """Replace the values of a random part of the pairs of an item and an attribute by other ones.
+
+    The wrong values are those that a random other item has of the attribute, so frequent values stay frequent. The pairs that are
+    wrong with one share are wrong with all larger shares and the same seed.
+
+    Parameters
+    ----------
+    vocabulary
+        All values.
+    share
+        Share of the known pairs, between 0 and 1.
+    seed
+        Seed of the choice.
+    """
+    rng, known, parts = np.random.default_rng([seed, 8]), vocabulary.known(), []
+    kinds = vocabulary.kind(vocabulary.values_of)
+    for number in range(len(vocabulary.attributes)):
+        values = padded(np.where(kinds == number, vocabulary.values_of, -1))
+        donors, changed = np.flatnonzero(known[:, number]), values.copy()
+        left = np.flatnonzero(known[:, number] & (rng.random(len(values)) < share))
+        for _ in range(100):  # until the values of every donor differ; an attribute with one value only stays as it is
+            changed[left] = values[rng.choice(donors, len(left))] if len(donors) else values[left]
+            left = left[(changed[left] == values[left]).all(axis=1)]
+        parts.append(changed)
+    return dataclasses.replace(vocabulary, values_of=padded(np.concatenate(parts, axis=1)))
