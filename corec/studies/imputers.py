@@ -77,7 +77,7 @@ def by_words(vocabulary: Vocabulary, titles: Sequence[str], inverse_penalty: flo
     folds
         If not 0, the probabilities of items that have a value come from regressions fitted to other items, in so many parts.
     """
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit_transform(titles)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
     known, labels = vocabulary.known()[1:], table(vocabulary)
     guesses = np.zeros_like(labels)
     for number in range(len(vocabulary.attributes)):
