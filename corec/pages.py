@@ -170,6 +170,34 @@ def ahead_table(rows: pd.DataFrame) -> list[str]:
     return markdown(header, lines)
 
 
+def transfer_sections(folder: Path) -> Iterator[Section]:
+    """CP and NDCG of a transferred re-ranker, and differences from training anew (:mod:`corec.studies.transfer`)."""
+    table = pd.read_csv(folder / "transfer.csv")
+    first, cut = table.iloc[0], table["k"].iloc[0]
+    about = (
+        f"Trained on the run `{first['source']}`, used on {first['dataset']}: K = {first['K']}, protocol `{first['protocol']}`, "
+        f"{first['n_users']} test users."
+    )
+    whole = table[table["tokens"] == "all"]
+    columns = [(metric, n) for metric in ("cp", "ndcg") for n in sorted(whole["n_tokens"].unique()) if n or metric == "ndcg"]
+    header = ["", *(f"{metric.upper()}@{cut}, {n} token{'s' if n != 1 else ''}" for metric, n in columns)]
+    values, differences = [], []
+    for model, part in whole.groupby("model", sort=False):
+        found = part.set_index(["metric", "n_tokens"]).loc[columns]
+        values.append([f"`{model}`", *(f"{value:.3f}" for value in found["value"])])
+        ahead = zip(found["ahead"], found["ahead_low"], found["ahead_high"], strict=True)
+        if model != "corec":
+            differences.append([f"`{model}`", *(f"{gain:+.3f} ({low:+.3f} to {high:+.3f})" for gain, low, high in ahead)])
+    yield "Transfer", [about, "", *markdown(header, values)]
+    yield "Transfer, differences from training anew", ["Paired, with intervals over users.", "", *markdown(header, differences)]
+    rows = table[(table["tokens"] != "all") & (table["metric"] == "cp")]
+    kinds = list(rows["tokens"].unique())
+    cells = rows.set_index(["model", "tokens"])["value"]
+    header = ["", *(f"{kind} tokens ({rows[rows['tokens'] == kind]['n_users'].iloc[0]} users)" for kind in kinds)]
+    lines = [[f"`{model}`", *(f"{cells[model, kind]:.3f}" for kind in kinds)] for model in rows["model"].unique()]
+    yield f"Transfer: CP@{cut} with one token, by token", markdown(header, lines)
+
+
 def readouts_section(folder: Path) -> Iterator[Section]:
     """Loss of the read-outs (:mod:`corec.studies.readouts`)."""
     table = pd.read_csv(folder / "readouts.csv")
@@ -282,6 +310,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "surface.csv": surface_section,
     "efficiency.csv": efficiency_sections,
     "missing.csv": missing_sections,
+    "transfer.csv": transfer_sections,
     "data.csv": bench_sections,
 }
 

@@ -298,7 +298,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StudyParams(Model):
-    """Stages 07, 08 and 10: comparisons. Each study writes to the folder of its own run."""
+    """Stages 07, 08, 10 and 11: comparisons. Each study writes to the folder of its own run."""
 
     seeds: int = Field(3, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     loss_seconds: float = Field(60, ge=0)  # 07: training time of each loss at each of three rates; 0 omits this comparison
@@ -313,6 +313,8 @@ class StudyParams(Model):
     wrong: list[Share] = [0.25, 0.5]  # 10: shares of the attributes of items that have other values, with nothing unknown
     attribute_dropout: float = Field(0.4, gt=0, lt=1)  # 10: reranker.attribute_dropout of the second model
     tagger: bool = True  # 10: also guess the values by the untrained backbone (data.tagger)
+    source: str | None = None  # 11: run whose trained re-ranker is used; empty: this run
+    transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
 
 
 Stage = Literal[
@@ -326,6 +328,7 @@ Stage = Literal[
     "prompt_study",
     "efficiency",
     "missing_metadata",
+    "transfer",
 ]
 
 

@@ -29,6 +29,7 @@ NOTEBOOKS = {
     "prompt_study": "08_prompt_study",
     "efficiency": "09_efficiency",
     "missing_metadata": "10_missing_metadata",
+    "transfer": "11_transfer",
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -41,6 +42,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "prompt_study": ("data", "sasrec", "controls"),
     "efficiency": ("data", "sasrec", "controls", "reranker"),
     "missing_metadata": ("data", "sasrec", "controls"),
+    "transfer": ("data", "controls", "reranker"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.
 SECTIONS = {
@@ -49,6 +51,7 @@ SECTIONS = {
     "retriever_study": ("sasrec", "study"),
     "prompt_study": ("reranker", "study"),
     "missing_metadata": ("reranker", "study"),
+    "transfer": ("reranker", "study"),
 }
 PACKAGES = (
     "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "

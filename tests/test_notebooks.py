@@ -29,6 +29,9 @@ SMALL = {
         "order_minutes": 0.001,
         "ablations": ["soft tokens"],
         "surface": [16],
+        "missing": [0.5],
+        "wrong": [],
+        "transfer_steps": [1],
     },
     "efficiency": {"candidates": [5, 8], "repeats": 2, "users": 3},
 }
@@ -57,7 +60,7 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
     pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
     expected = (
         "ablations.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png frontier.png "
-        "loss_curves.png orders.png readouts.png seed_curves.png surface.png"
+        "loss_curves.png missing.png orders.png readouts.png seed_curves.png surface.png transfer.png"
     )
     assert pictures == expected.split()
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))

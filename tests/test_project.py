@@ -243,6 +243,8 @@ def test_the_stages_of_a_run_are_a_field_of_its_file(monkeypatch: pytest.MonkeyP
         ("ml-100k", "01 02 03 04 05 06"),
         ("orders", "01 02 03 08"),
         ("retriever-ml-1m", "01 02 07"),
+        ("missing-metadata-ml-100k", "01 02 03 10"),
+        ("transfer-gift-cards", "01 02 03 04 11"),
     ):
         ran.clear()
         assert reproduce.main([str(ROOT / "params" / f"{name}.yaml")]) == 0

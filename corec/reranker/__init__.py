@@ -4,7 +4,18 @@ The prompt and its batches are in :mod:`corec.reranker.prompt`, the read-outs an
 requests behind a kept prefix in :mod:`corec.reranker.engine`.
 """
 
-from corec.reranker.model import Reranker, adapt, build, load, row_drift, save, token_layers, token_rows, zero_shot
+from corec.reranker.model import (
+    Reranker,
+    adapt,
+    build,
+    load,
+    row_drift,
+    save,
+    token_layers,
+    token_rows,
+    trained_tokens,
+    zero_shot,
+)
 from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens
 from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import (
@@ -57,6 +68,7 @@ __all__ = [
     "token_layers",
     "token_rows",
     "train",
+    "trained_tokens",
     "training_batch",
     "zero_shot",
 ]

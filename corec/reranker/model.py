@@ -1,5 +1,6 @@
 """The re-ranker (backbone with adapter, tokenizer, read-out head, prompter): building, saving and loading."""
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from corec import CorecError, backbones, machine
 from corec.controls import Vocabulary
@@ -371,6 +373,13 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
     model = model.to(bare.device)
     fused = fuse(model.get_base_model()) if fuses(model, params, bare.packs) else None
     return Reranker(model, bare.tokenizer, bare.head, bare.prompter, params, bare.packs, bare.logit_scale, fused)
+
+
+def trained_tokens(folder: Path) -> list[str]:
+    """New tokens of a re-ranker written by :func:`save` to `folder`, in the order of the rows of its adapter."""
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    ids = next(iter(config["trainable_token_indices"].values()))
+    return list(AutoTokenizer.from_pretrained(folder / "adapter").convert_ids_to_tokens(ids))
 
 
 @torch.inference_mode()

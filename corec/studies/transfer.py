@@ -1,0 +1,221 @@
+"""A re-ranker trained on one data set, used on another one, whose attributes may be others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from corec import CorecError, evaluation, paths, rankers, stages
+from corec.controls import Prepared
+from corec.data import Tables
+from corec.evaluation import error_bars, order_by
+from corec.intervals import by_user, with_differences
+from corec.params import Params, RerankerParams
+from corec.reranker import Examples, Reranker, build, engine, new_tokens, score_parts, train, trained_tokens
+from corec.scores import Scores
+from corec.studies import keep_study
+
+ANEW = "corec"  # trained on the target's own windows, in full
+TRANSFERRED = "transferred"
+SIMPLE = ("sasrec", "combiner", "rule", "rule+combiner")
+ALL = "all"
+
+
+class Transferred(NamedTuple):
+    """A re-ranker with the trained weights of another run."""
+
+    model: Reranker
+    shared: np.ndarray  # whether the source trained each value of the target [values]
+    params: Params  # of the target, with the prompt and read-out of the source
+
+
+def settings(params: Params) -> Params:
+    """Parameters of the target with the section `reranker` of the source run, except whether there is a prior.
+
+    Raises
+    ------
+    CorecError
+        If `study.source` names no run with a finished stage 04, or one that cannot be transferred.
+    """
+    source = params.study.source or params.run
+    own = RerankerParams.checked(stages.require(source, "reranker")["params"]["reranker"], f"run {source!r}")
+    if own.soft_width:
+        raise CorecError(f"Parameter study.source: run {source!r} has soft tokens of its own retriever: name another run.")
+    return params.model_copy(update={"reranker": own.model_copy(update={"prior": params.reranker.prior, "seeds": 1})})
+
+
+def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
+    """Build a re-ranker for the target and give it the trained weights of the run `study.source`.
+
+    The adapter and the head are those of the source. The rows of tokens that both runs have are those of the source; the other
+    tokens of the target keep the mean of the rows of their words. A gate of the prior that the source lacks stays 1.
+
+    Parameters
+    ----------
+    tables, prepared
+        Results of stages 01 and 03 of the target.
+    params
+        Settings of the target.
+
+    Raises
+    ------
+    CorecError
+        If the source is missing, or has another kind of read-out (see :func:`settings`).
+    """
+    own = settings(params)
+    folder = paths.stage_dir(params.study.source or params.run, "reranker")
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    own = own.model_copy(update={"reranker": own.reranker.model_copy(update={"dtype": dtype})})
+    model = build(tables.items, prepared.vocabulary, own.reranker, params.seed)
+    trained = trained_tokens(folder)
+    tokens = list(new_tokens(prepared.vocabulary, own.reranker))
+    here = [place for place, token in enumerate(tokens) if token in trained]
+    there = [trained.index(tokens[place]) for place in here]
+    with torch.no_grad():
+        for name, value in model.trainable().items():
+            key = name.removeprefix("model.").replace(".default", "")
+            if name.startswith("model.") and "trainable_tokens" in name:
+                value[here] = weights[key][there]
+            elif name.startswith("model."):
+                value.copy_(weights[key])
+    head = load_file(folder / "head.safetensors")
+    kept = {name: value for name, value in head.items() if name in model.head.state_dict()}
+    model.head.load_state_dict(kept, strict=False)
+    model.start = {name: value.detach().clone() for name, value in model.trainable().items()}
+    words = own.reranker.values == "words"
+    names = [f"<{prepared.vocabulary.name(value)}>" for value in range(len(prepared.vocabulary.labels))]
+    attributes = [f"<{prepared.vocabulary.attributes[number].name}>" for number in prepared.vocabulary.attribute_of]
+    shared = np.array([token in trained for token in (attributes if words else names)])
+    return Transferred(model, shared, own)
+
+
+def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> tuple[dict[str, Scores], np.ndarray]:
+    """Score the test windows by the transferred re-ranker, and by short trainings from its weights and from the initial ones.
+
+    Parameters
+    ----------
+    tables, examples
+        Tables, and windows, of the target.
+    params
+        Settings of the target: `study.source`, and `study.transfer_steps`, the steps of the short trainings. A training from the
+        initial weights spends the same share of them on plain prompts as the run.
+    folder
+        Folder of the checkpoints.
+
+    Returns
+    -------
+    Scores by model, and whether the source trained each value [values].
+    """
+    prepared = examples.prepared
+    requests = [prepared.requests["test", n] for n in params.controls.n_tokens]
+
+    def scored(model: Reranker, name: str) -> Scores:
+        return score_parts(engine.merge(model), examples, prepared.pools["test"], requests, report=name)
+
+    def steps(own: Params, plain: int, whole: int) -> Params:
+        update = {"curriculum_steps": plain, "steps": whole}
+        return own.model_copy(update={"reranker": own.reranker.model_copy(update=update)})
+
+    first = transfer(tables, prepared, params)
+    shared, found = first.shared, {TRANSFERRED: scored(first.model, TRANSFERRED)}
+    for count in params.study.transfer_steps:
+        again = transfer(tables, prepared, params)
+        name = f"{TRANSFERRED}, {count} steps"
+        train(again.model, examples, steps(again.params, 0, count), folder / name.replace(" ", "-"))
+        found[name] = scored(again.model, name)
+        anew, share = params.reranker, params.reranker.curriculum_steps
+        plain = round(count * share / (share + anew.steps))
+        model, name = build(tables.items, prepared.vocabulary, anew, params.seed), f"{ANEW}, {count} steps"
+        train(model, examples, steps(params, plain, max(1, count - plain)), folder / name.replace(" ", "-"))
+        found[name] = scored(model, name)
+    return found, shared
+
+
+def judge(
+    scores: Mapping[str, Scores], shared: np.ndarray, examples: Examples, users: np.ndarray, params: Params
+) -> pd.DataFrame:
+    """CP@k (all constraints met) and NDCG@k by model and number of tokens, with paired differences from training anew.
+
+    Requests of one token are also tabulated by whether the source trained the token (``shared``) or not (``new``).
+
+    Parameters
+    ----------
+    scores
+        Scores by model: those of :func:`compare`, ``corec`` for training anew, and ``zero-shot`` if the run has it.
+    shared
+        Whether the source trained each value [values].
+    examples
+        Windows of the target.
+    users
+        User of each test window [windows].
+    params
+        Settings of the target.
+
+    Returns
+    -------
+    Columns ``model n_tokens tokens metric value low high ahead ahead_low ahead_high k n_users K dataset source protocol``.
+    """
+    prepared, pools = examples.prepared, examples.prepared.pools["test"]
+    prior = np.stack([examples.prior[window] for window in pools.window]) if examples.prior else None
+    cut, parts = params.figures.k, []
+    for place, n in enumerate(params.controls.n_tokens):
+        request = prepared.requests["test", n]
+        judged = evaluation.judge(pools, request, prepared.vocabulary.values_of)
+        given = rankers.Inputs(np.zeros(pools.candidates.shape), prior)
+        simple = rankers.without_model(pools, judged, given, params.evaluation.boost)
+        orders = {name: simple[name] for name in SIMPLE if name in simple}
+        orders |= {name: order_by(part.total()[:, place]) for name, part in scores.items()}
+        groups = {ALL: np.full(len(users), True)}
+        if n == 1:
+            groups |= {
+                "shared": shared[request[:, 0]] & (request[:, 0] >= 0),
+                "new": ~shared[request[:, 0]] & (request[:, 0] >= 0),
+            }
+        measured = {name: evaluation.by_window(order, judged, [cut]) for name, order in orders.items()}
+        for tokens, rows in groups.items():
+            if rows.any():
+                keys = [(name, metric) for name in orders for metric in evaluation.control_and_relevance(cut, n)]
+                own = evaluation.control_and_relevance(cut, n)
+                columns = np.stack([measured[name][own[metric]][rows] for name, metric in keys], axis=1).astype(float)
+                values = by_user(columns, users[rows])
+                base = [keys.index((ANEW, metric)) for _, metric in keys]
+                numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
+                table = pd.DataFrame(keys, columns=["model", "metric"]).join(numbers)
+                parts.append(table.assign(n_tokens=n, tokens=tokens, n_users=len(values)))
+    table = pd.concat(parts, ignore_index=True).assign(k=cut, K=pools.candidates.shape[1], dataset=params.data.dataset)
+    table = table.assign(source=params.study.source or params.run, protocol=params.controls.protocol)
+    names = "model n_tokens tokens metric value low high ahead ahead_low ahead_high k n_users K dataset source protocol"
+    return table[names.split()]
+
+
+def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the table of :func:`judge`, its plot and the results page; returns the files."""
+    with sns.axes_style("whitegrid"):
+        return keep_study(table, draw(table), folder / "transfer", "%.5g")
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Plot CP@k and NDCG@k of every model by number of tokens."""
+    whole, first = table[table["tokens"] == ALL], table.iloc[0]
+    names = list(whole["model"].unique())
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.3 * len(names)), sharey=True, layout="constrained")
+    for axis, (metric, rows) in zip(axes, whole.groupby("metric", sort=True), strict=True):
+        lengths = sorted(rows["n_tokens"].unique())
+        for shift, (n, color) in enumerate(zip(lengths, sns.color_palette("colorblind"), strict=False)):
+            part = rows[rows["n_tokens"] == n].set_index("model").reindex(names)
+            places = np.arange(len(names)) + 0.16 * (shift - (len(lengths) - 1) / 2)
+            label = f"{n} token{'s' if n != 1 else ''}"
+            axis.errorbar(part["value"], places, xerr=error_bars(part), fmt="o", markersize=3, color=color, label=label)
+        axis.set(title=f"{str(metric).upper()}@{first['k']}", yticks=range(len(names)), yticklabels=names)
+    axes[0].invert_yaxis()
+    axes[1].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
+    figure.suptitle(f"trained on {first['source']}, used on {first['dataset']}")
+    return figure

@@ -1,0 +1,121 @@
+"""A trained re-ranker on another data set: which weights it takes, and the comparison."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_prior import params as with_prior
+from test_reranker import World, unlike_start
+
+from corec import CorecError, pages, paths, reranker, stages
+from corec.controls import Vocabulary
+from corec.params import EvaluationParams, Params
+from corec.studies import transfer
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    return World(atomic)
+
+
+def kept(world: World, monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> tuple[reranker.Reranker, Params]:
+    """A re-ranker with trained weights, saved as the stage 04 of a run `other`, and the settings of the target."""
+    own = with_prior(world, prior=False, steps=4, **changes)
+    model = world.build(own)
+    unlike_start(model)
+    reranker.save(model, pd.DataFrame({"step": [0]}), folder)
+    record = {"params": {"reranker": own.reranker.model_dump(mode="json")}}
+    monkeypatch.setattr(stages, "require", lambda run, stage: record if (run, stage) == ("other", "reranker") else None)
+    monkeypatch.setattr(paths, "stage_dir", lambda run, stage: folder)
+    study = own.study.model_copy(update={"source": "other", "transfer_steps": [2]})
+    return model, own.model_copy(update={"study": study, "evaluation": EvaluationParams(bootstrap=20)})
+
+
+def renamed(vocabulary: Vocabulary, number: int) -> Vocabulary:
+    """The vocabulary with other labels of one attribute, of which there is one more, in front."""
+    own = np.flatnonzero(vocabulary.attribute_of == number)
+    labels = list(vocabulary.labels)
+    for value in own:
+        labels[value] = f"other {labels[value]}"
+    labels.insert(own[0], "one more")
+    attribute_of = np.insert(vocabulary.attribute_of, own[0], number)
+    values_of = vocabulary.values_of + (vocabulary.values_of >= own[0])
+    return dataclasses.replace(vocabulary, labels=tuple(labels), attribute_of=attribute_of, values_of=values_of)
+
+
+@pytest.mark.parametrize("values", ["token", "words"])
+def test_transferred_to_the_same_data_the_scores_are_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: str
+) -> None:
+    model, own = kept(world, monkeypatch, tmp_path, values=values)
+    found = transfer.transfer(world.tables, world.prepared, own)
+    assert found.shared.all() and len(found.shared) == len(world.prepared.vocabulary.labels)
+    first, second = (reranker.score(each, world.examples, world.pools, world.requests) for each in (model, found.model))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    found.model.reset()
+    np.testing.assert_array_equal(second, reranker.score(found.model, world.examples, world.pools, world.requests))
+
+
+def test_tokens_are_matched_by_name_and_new_ones_start_as_their_words(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, own = kept(world, monkeypatch, tmp_path)
+    number = len(world.prepared.vocabulary.attributes) - 1
+    other = renamed(world.prepared.vocabulary, number)
+    found = transfer.transfer(world.tables, world.prepared._replace(vocabulary=other), own)
+    assert (found.shared == (other.attribute_of != number)).all()
+    fresh = reranker.build(world.tables.items, other, own.reranker, own.seed)
+    for value, label in enumerate(other.labels):
+        token = [f"<{other.name(value)}>"]
+        rows = [reranker.token_rows(each, token).to_numpy() for each in (found.model, model if found.shared[value] else fresh)]
+        np.testing.assert_array_equal(*rows, err_msg=label)
+    names = found.model.trainable()
+    assert all(torch.equal(value, names[name]) for name, value in model.trainable().items() if "trainable_tokens" not in name)
+
+
+def test_a_prior_that_the_source_lacks_keeps_its_weight(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, own = kept(world, monkeypatch, tmp_path)
+    target = with_prior(world).model_copy(update={"study": own.study})
+    gate = transfer.transfer(world.tables, world.prepared, target).model.head.gate
+    assert gate.bias.item() == 1 and not gate.weight.any()
+
+
+def test_sources_that_cannot_be_used_are_named(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(CorecError, match="Run 'nowhere' has no finished stages"):
+        transfer.settings(Params().model_copy(update={"study": Params().study.model_copy(update={"source": "nowhere"})}))
+    _, own = kept(world, monkeypatch, tmp_path)
+    soft = own.reranker.model_dump(mode="json") | {"soft_width": 8}
+    monkeypatch.setattr(stages, "require", lambda *_: {"params": {"reranker": soft}})
+    with pytest.raises(CorecError, match="study.source: run 'other' has soft tokens of its own retriever"):
+        transfer.settings(own)
+
+
+def test_transfer_is_compared_with_training_anew(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, own = kept(world, monkeypatch, tmp_path / "kept")
+    number = len(world.prepared.vocabulary.attributes) - 1
+    prepared = world.prepared._replace(vocabulary=renamed(world.prepared.vocabulary, number))
+    requests = {
+        key: part + (part >= np.flatnonzero(prepared.vocabulary.attribute_of == number)[0])
+        for key, part in prepared.requests.items()
+    }
+    examples = world.examples._replace(prepared=prepared._replace(requests=requests))
+    found, shared = transfer.compare(world.tables, examples, own, tmp_path / "stage")
+    assert list(found) == ["transferred", "transferred, 2 steps", "corec, 2 steps"]
+    assert (found["transferred"].total() != found["transferred, 2 steps"].total()).any()
+    found["corec"] = found["corec, 2 steps"]
+    users = world.tables.windows.set_index("window").loc[prepared.pools["test"].window, "user"].to_numpy()
+    table = transfer.judge(found, shared, examples, users, own)
+    assert set(table["model"]) == {*found, "sasrec", "rule"}
+    assert (table[table["model"].isin(["corec", "corec, 2 steps"])]["ahead"] == 0).all()
+    assert {"all", "shared"} <= set(table["tokens"]) <= {"all", "shared", "new"}
+    counts = table[(table["model"] == "corec") & (table["metric"] == "cp") & (table["n_tokens"] == 1)].set_index("tokens")
+    assert counts["n_users"].drop("all").sum() >= counts.loc["all", "n_users"], "a user counts in each kind of tokens"
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    assert [path.name for path in transfer.keep(table, folder)] == ["transfer.csv", "transfer.png"]
+    page = (folder / "results.md").read_text()
+    assert "| `transferred, 2 steps` |" in page and page == pages.study_page(folder)
