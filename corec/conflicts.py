@@ -87,6 +87,11 @@ def in_study(params: Any) -> str | None:
             f"parameter 'study.surface' lists {min(surface)}: list numbers above figures.k ({params.figures.k}), the cut-off of "
             "its metrics."
         )
+    if params.study.texts and params.evidence.combiner == "none":
+        return (
+            "parameter 'study.texts' compares combiners: set evidence.combiner to 'linear', 'lambdarank' or 'best', or leave it "
+            "empty."
+        )
     if surface and params.controls.pool != ["sasrec"]:
         return "parameter 'study.surface' needs the candidates of SASRec: set controls.pool to [sasrec], or leave it empty."
     return None

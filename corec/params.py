@@ -142,8 +142,8 @@ class EvidenceParams(Model):
     steps: int = Field(3, ge=1)  # transitions: item j follows item i within this number of steps
     recent: int = Field(6, ge=1)  # latest items of the evidence from recent items
     history: int = Field(100, ge=1)  # latest items of the evidence from the whole history
-    # Model that embeds the titles: `minilm` (an encoder of sentences), or a language model as in reranker.backbone; empty: no
-    # evidence from text.
+    # Model that embeds the titles: `tf-idf` (their words), `minilm` (an encoder of sentences), or a language model as in
+    # reranker.backbone; empty: no evidence from text.
     text: str | None = None
     folds: int = Field(5, ge=2)  # parts of the users for out-of-fold scores
 
@@ -307,6 +307,7 @@ class StudyParams(Model):
     orders: list[Order] = []  # 08: restrict the orders to these
     ablations: list[Ablation] = []  # 08: variants of the re-ranker (see corec.studies.ablations); empty omits this comparison
     surface: list[int] = []  # 08: numbers of candidates under which the variant `corec` is also evaluated; empty omits this
+    texts: list[str] = []  # 08: models of evidence.text, or `none`, with which the combiner is compared; empty omits this
     ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
     missing: list[Share] = [0, 0.25, 0.5, 0.75, 0.9]  # 10: shares of the attributes of items that are unknown

@@ -174,7 +174,7 @@ def check(params: Params, origin: str) -> None:
         )
     named = {"reranker.backbone": params.reranker, "data.tagger": params.data, "evidence.text": params.evidence}
     for parameter, backbone in ((name, getattr(part, name.split(".")[1])) for name, part in named.items()):
-        encoder = parameter == "evidence.text" and backbone == "minilm"
+        encoder = parameter == "evidence.text" and backbone in ("minilm", "tf-idf")
         if backbone is None or encoder or backbone in BACKBONES or (paths.from_root(backbone) / "config.json").exists():
             continue
         if backbone.startswith(("/", ".", "~")) or backbone.count("/") != 1:

@@ -1,4 +1,4 @@
-"""Write the result pages of figures/ from their CSV files, and embed their tables in README.md and docs/.
+"""Write the result pages of figures/ from their CSV files, figures/relevance/, and the tables of README.md and docs/.
 
 With ``--check`` nothing is written: files that differ are named, and the exit status is their number.
 """
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from corec import pages
+from corec.studies import texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +26,8 @@ def documents() -> dict[Path, str]:
 def main() -> int:
     """Write, or with ``--check`` compare; returns how many files differ."""
     check, stale = "--check" in sys.argv, 0
+    if not check:
+        texts.join(ROOT / "figures")
     for make in (pages_of_figures, documents):
         for path, text in make().items():
             if not path.exists() or path.read_text() != text:

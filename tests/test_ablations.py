@@ -13,7 +13,7 @@ from corec import CorecError, controls, pages, reranker, sasrec
 from corec.params import EvaluationParams, FiguresParams, Params, RerankerParams, SasrecParams, StudyParams
 from corec.reranker import engine
 from corec.reranker.training import loss_of
-from corec.studies import ablations, surface
+from corec.studies import ablations, surface, texts
 
 
 @pytest.fixture
@@ -266,3 +266,29 @@ def test_a_model_is_rebuilt_from_its_checkpoint(world: World, tmp_path: Path) ->
     assert first[1] == second[1] == 3
     scores = [reranker.score(each, world.examples, world.pools, world.requests) for each, _ in (first, second)]
     np.testing.assert_array_equal(*scores)
+
+
+def test_the_combiner_is_compared_by_the_model_of_the_titles(world: World, tmp_path: Path) -> None:
+    own = settings(world, texts=["none", "tf-idf"])
+    own = own.model_copy(update={"evidence": own.evidence.model_copy(update={"combiner": "linear", "folds": 2, "text": "tiny"})})
+    prepared = world.prepared
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid"):  # the combiner needs windows whose true next item is there
+        part = prepared.pools[split]
+        prepared.pools[split] = part._replace(truth=rng.integers(0, 6, len(part.window)))
+    scores = rng.random(prepared.pools["test"].candidates.shape)
+    table = texts.measure(world.tables, prepared, users(world), own, {"corec": scores})
+    names = ["sasrec", "combiner, tiny", "text alone, tiny", "combiner, none", "combiner, tf-idf", "text alone, tf-idf", "corec"]
+    assert list(table["ranker"]) == names
+    assert table["ahead"][0] == 0 and table["over"][1] == 0
+    np.testing.assert_allclose(table["value"] - table["ahead"], table["value"][0])
+    np.testing.assert_allclose(table["value"] - table["over"], table["value"][1])
+    assert table["recall"][0] == (prepared.pools["test"].truth >= 0).mean()
+    folder = tmp_path / "figures" / "amazon-office-products"
+    folder.mkdir(parents=True)
+    texts.keep(table, folder)
+    assert "| `combiner, tf-idf` |" in (folder / "results.md").read_text()
+    joined = pd.read_csv(texts.join(tmp_path / "figures")[0]).set_index("run")
+    assert joined.index.to_list() == [folder.name] and joined["over"].iloc[0] == pytest.approx(table["over"].iloc[-1], rel=1e-4)
+    with pytest.raises(CorecError, match="'study.texts' compares combiners"):
+        Params.checked({"study": {"texts": ["none"]}}, "here")

@@ -25,6 +25,7 @@ LAYERS = [
     ["rankers"],
     ["frontier", "diagnose"],
     ["figures"],
+    ["sections"],
     ["pages"],
     ["scale"],
     ["studies"],

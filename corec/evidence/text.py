@@ -1,14 +1,16 @@
-"""Embeddings of titles: by an encoder of sentences, or from the hidden states of a language model."""
+"""Embeddings of titles: by their words, by an encoder of sentences, or from the hidden states of a language model."""
 
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from corec import backbones, machine
 
 WIDTH = 64  # components after whitening
+TOPICS = 256  # components of the words
 
 
 def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int = 64) -> np.ndarray:
@@ -19,7 +21,9 @@ def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int
     titles
         Titles of the items 1 … n.
     model
-        ``minilm``: mean of the last states of all-MiniLM-L6-v2, as it was trained. Otherwise the name of a language model (see
+        ``tf-idf``: the words and pairs of words, weighted by inverse document frequency, on their first 256 singular vectors
+        (Deerwester et al., *Indexing by Latent Semantic Analysis*, 1990). ``minilm``: mean of the last states of
+        all-MiniLM-L6-v2, as it was trained. Otherwise the name of a language model (see
         :mod:`corec.backbones`): mean over layers and tokens of its states, whitened. Means of such states are nearly equal for
         all texts, because a few directions dominate them; whitening (principal components scaled to unit variance; Su et al.,
         *Whitening Sentence Representations for Better Semantics and Faster Retrieval*, 2021) removes them.
@@ -30,7 +34,10 @@ def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int
     -------
     Embeddings [items + 1, width]; row 0 (padding) is zero.
     """
-    if model == "minilm":
+    if model == "tf-idf":
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
+        found = TruncatedSVD(min(TOPICS, min(words.shape) - 1), random_state=0).fit_transform(words)
+    elif model == "minilm":
         found = mean_states(*backbones.sentence_encoder(), titles, length, batch, last=True)
     else:
         causal, tokenizer = backbones.load(model, torch.float32, "evidence.text")
