@@ -95,3 +95,18 @@ def in_study(params: Any) -> str | None:
     if surface and params.controls.pool != ["sasrec"]:
         return "parameter 'study.surface' needs the candidates of SASRec: set controls.pool to [sasrec], or leave it empty."
     return None
+
+
+def in_missing(params: Any) -> str | None:
+    """Conflicts of the stage `missing_metadata` with other sections, which do not matter for the other stages."""
+    reranker = params.reranker
+    if reranker.control != "constraints" or reranker.loss != "listwise" or reranker.control_target != "graded":
+        return (
+            "stage 'missing_metadata' needs the probability of each constraint: set reranker.control to 'constraints', "
+            "reranker.loss to 'listwise' and reranker.control_target to 'graded'."
+        )
+    if params.controls.pool != ["sasrec"]:
+        return "stage 'missing_metadata' needs candidates that do not depend on the attributes: set controls.pool to [sasrec]."
+    if 1 not in params.controls.n_tokens:
+        return "stage 'missing_metadata' compares attributes by requests of one constraint: add 1 to controls.n_tokens."
+    return None

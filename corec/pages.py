@@ -12,7 +12,7 @@ import pandas as pd
 
 from corec import CorecError, files
 from corec.figures import results_page
-from corec.sections import KINDS, missing_sections
+from corec.sections import KINDS
 
 MARK = re.compile(r"<!-- table: (?P<file>[^|]+?) \| (?P<heading>[^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)
 
@@ -38,9 +38,7 @@ def run_page(folder: Path) -> str | None:
 
 def study_page(folder: Path) -> str | None:
     """Render the page of the studies and benches of a folder from their CSV files; None if it has no known CSV file."""
-    known = [make for name, make in KINDS.items() if (folder / name).exists()]
-    known += [missing_sections] if (folder / "metrics.csv").exists() and not is_run(folder) else []
-    sections = [section for make in known for section in make(folder)]
+    sections = [section for name, make in KINDS.items() if (folder / name).exists() for section in make(folder)]
     if not sections:
         return None
     lines = [f"# Results: {folder.name}", ""]

@@ -197,7 +197,7 @@ class RerankerParams(Model):
     auxiliary: float = Field(0.0, ge=0)
     match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
     # constraints, listwise: share of the candidates' attributes that training hides in whole prompts, though not in what the
-    # model learns, so that it reads the titles. Attributes without a value are then unknown, and take no part in the loss.
+    # model learns, so that it reads the titles. Attributes without a value are then unknown: nothing is learned from them.
     attribute_dropout: float = Field(0.0, ge=0, lt=1)
     seeds: int = Field(1, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     gradient_checkpointing: bool = False
@@ -310,10 +310,12 @@ class StudyParams(Model):
     texts: list[str] = []  # 08: models of evidence.text, or `none`, with which the combiner is compared; empty omits this
     ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
-    missing: list[Share] = [0, 0.25, 0.5, 0.75, 0.9]  # 10: shares of the attributes of items that are unknown
-    wrong: list[Share] = [0.25, 0.5]  # 10: shares of the attributes of items that have other values, with nothing unknown
+    # 10: shares of the attributes of items that are unknown, and, with nothing unknown, shares that have other values
+    missing: list[Share] = Field([0, 0.25, 0.5, 0.75, 0.9], min_length=1)
+    wrong: list[Share] = [0.25, 0.5]
     attribute_dropout: float = Field(0.4, gt=0, lt=1)  # 10: reranker.attribute_dropout of the second model
     tagger: bool = True  # 10: also guess the values by the untrained backbone (data.tagger)
+    nearest_title: bool = True  # 10: also guess the values by the most similar title, under the encoder MiniLM
     source: str | None = None  # 11: run whose trained re-ranker is used; empty: this run
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corec import CorecError, paths, profiles, stages
+from corec.conflicts import in_missing
 
 SPINS = 5_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
 
@@ -31,7 +32,8 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
     Raises
     ------
     CorecError
-        If a parameter is wrong or a notebook stops; the message names the notebook and the reason.
+        If a parameter is wrong, the run `study.source` of a transfer is missing, or a notebook stops; the message names the
+        notebook and the reason.
     """
     settings = profiles.load(path)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -41,8 +43,13 @@ def run(path: Path, only: Sequence[str] | None = None) -> None:
     if "GOMP_SPINCOUNT" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         print(f"GOMP_SPINCOUNT={SPINS}: waiting threads sleep soon, so that other programs slow the run less", flush=True)
+    chosen = only or settings.stages
+    if "missing_metadata" in chosen and (fault := in_missing(settings)):
+        raise CorecError(f"{path}: {fault}")
+    if "transfer" in chosen and settings.study.source not in (None, settings.run):
+        stages.require(str(settings.study.source), "reranker")
     for stage, notebook in stages.NOTEBOOKS.items():
-        if stage in (only or settings.stages):
+        if stage in chosen:
             print(f"== {notebook}", flush=True)
             started = time.monotonic()
             execute(notebook, profiles.find(path), settings.run)

@@ -120,25 +120,21 @@ def texts_section(folder: Path) -> Iterator[Section]:
 
 
 def missing_sections(folder: Path) -> Iterator[Section]:
-    """CP when metadata is missing or wrong (:mod:`corec.studies.missing`), of one or several data sets."""
-    path = folder / "missing.csv"
-    table = pd.read_csv(path if path.exists() else folder / "metrics.csv")
-    for dataset, part in table.groupby("dataset", sort=False):
-        first, cut = part.iloc[0], part["k"].iloc[0]
-        seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
-        about = f"K = {first['K']}, protocol `{first['protocol']}`, {part['n_users'].max()} test users, {seeds}."
-        rows = part[(part["metric"] == "cp") & (part["attribute"] == "all")]
-        for column, heading in (("missing", "missing values"), ("wrong", "wrong values")):
-            other = "wrong" if column == "missing" else "missing"
-            some = rows[rows[other] == 0]
-            if column == "missing" or bool((some[column] > 0).any()):
-                yield f"{dataset}: CP@{cut} by share of {heading}", [about, "", *share_table(some, column)]
-        single = part[(part["metric"] == "cp") & (part["attribute"] != "all") & (part["wrong"] == 0)]
-        yield f"{dataset}: CP@{cut} with one token, by attribute", by_attribute(single)
-        both = rows[(rows["model"] != "sasrec") & (rows["model"] != "combiner") & (rows["imputer"] != "truth")]
-        ours = both[both["model"].str.startswith("corec") | both["imputer"].str.startswith("corec")]
-        about = "Paired, with intervals over users; the best imputer is the best one on these test users."
-        yield f"{dataset}: CP@{cut} minus that of the rule with the best imputer", [about, "", *ahead_table(ours)]
+    """CP when metadata is missing or wrong (:mod:`corec.studies.missing`)."""
+    table = pd.read_csv(folder / "missing.csv")
+    first, cut = table.iloc[0], table["k"].iloc[0]
+    seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
+    about = f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {table['n_users'].max()} test users, {seeds}."
+    rows = table[(table["metric"] == "cp") & (table["attribute"] == "all")]
+    for column, other in (("missing", "wrong"), ("wrong", "missing")):
+        some = rows[rows[other] == 0]
+        if column == "missing" or bool((some[column] > 0).any()):
+            yield f"CP@{cut} by share of {column} values", [about, "", *share_table(some, column)]
+    single = table[(table["metric"] == "cp") & (table["attribute"] != "all") & (table["wrong"] == 0)]
+    yield f"CP@{cut} with one token, by attribute and share of missing values", [about, "", *by_attribute(single)]
+    ours = rows[rows["model"].str.startswith("corec") | rows["imputer"].str.startswith("corec")]
+    about = "Paired, with intervals over users; the best imputer is the best one on these test users."
+    yield f"CP@{cut} minus that of the rule with the best imputer", [about, "", *ahead_table(ours)]
 
 
 def ranker(model: str, imputer: str) -> str:

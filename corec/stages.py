@@ -150,6 +150,17 @@ def differences(now: Any, then: Any, name: str = "") -> list[str]:
     return [] if now == then else [f"{name} is {now!r}, was {then!r}"]
 
 
+def with_defaults(before: Any, now: dict[str, Any], stage: str) -> Any:
+    """Recorded parameters of a stage `before`, completed by the defaults of parameters that later versions have added."""
+    if not isinstance(before, dict):
+        return before
+    default = section(Params(), stage)
+    return {
+        key: default[key] | value if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        for key, value in before.items()
+    }
+
+
 def check(settings: Params, stage: str) -> str:
     """Require that a stage and all before it have finished with these parameters; returns the identity of the stage.
 
@@ -160,8 +171,8 @@ def check(settings: Params, stage: str) -> str:
     """
     record = require(settings.run, stage)
     for name in [*ancestors(stage), stage]:
-        before = read_record(settings.run, name) or {}
-        if changed := differences(section(settings, name), before.get("params")):
+        now, before = section(settings, name), (read_record(settings.run, name) or {}).get("params")
+        if changed := differences(now, with_defaults(before, now, name)):
             raise CorecError(
                 f"Stage {name!r} of run {settings.run!r} was made with other parameters ({'; '.join(changed[:4])}): "
                 f"run notebooks/{NOTEBOOKS[name]}.ipynb again, or give the new settings another `run`."

@@ -1,4 +1,4 @@
-"""Write the result pages of figures/ from their CSV files, figures/relevance/, and the tables of README.md and docs/.
+"""Write the result pages of figures/ from their CSV files, joined tables of several runs, and the tables of README.md and docs/.
 
 With ``--check`` nothing is written: files that differ are named, and the exit status is their number.
 """
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from corec import pages
-from corec.studies import texts
+from corec.studies import missing_report, texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +28,7 @@ def main() -> int:
     check, stale = "--check" in sys.argv, 0
     if not check:
         texts.join(ROOT / "figures")
+        missing_report.join(ROOT / "figures")
     for make in (pages_of_figures, documents):
         for path, text in make().items():
             if not path.exists() or path.read_text() != text:

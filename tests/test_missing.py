@@ -9,9 +9,9 @@ import torch
 from test_prior import params as with_prior
 from test_reranker import World
 
-from corec import CorecError, controls, pages, reranker
+from corec import CorecError, conflicts, controls, pages, reranker
 from corec.controls import Vocabulary
-from corec.params import EvaluationParams, RerankerParams
+from corec.params import EvaluationParams, Params, RerankerParams, StudyParams
 from corec.reranker import Parts
 from corec.reranker.training import loss_of, training_batch
 from corec.schemes import Attribute
@@ -58,6 +58,14 @@ def test_wrong_pairs_have_other_values_of_the_same_attribute(many: Vocabulary) -
     one = vocabulary([[0], [0], []], [["only"]])
     assert (controls.corrupt(one, 0.9, 0).values_of == one.values_of).all(), "nothing else can be drawn, and nothing is invented"
     assert (controls.corrupt(many, 0, 3).values_of == many.values_of).all()
+    colours, sizes = (many.attribute_of == number for number in range(2))
+    assert not (before[:, colours] * after[:, colours])[(before[:, colours] != after[:, colours]).any(axis=1)].any()
+    changed = (before[:, sizes] != after[:, sizes]).any(axis=1)
+    assert not (before[:, sizes] * after[:, sizes])[changed].any(), "no value in common where others are found"
+    more = imputers.table(controls.corrupt(many, 0.5, 3))
+    for own in (colours, sizes):
+        some, larger = ((before[:, own] != part[:, own]).any(axis=1) for part in (after, more))
+        assert not (some & ~larger).any(), "what is wrong stays wrong with a larger share"
 
 
 def test_imputers_guess_from_titles_and_keep_what_is_known(many: Vocabulary) -> None:
@@ -73,6 +81,10 @@ def test_imputers_guess_from_titles_and_keep_what_is_known(many: Vocabulary) -> 
     study = with_tagger(False)
     found = missing.values_by_imputer(case, titles, embeddings, study)
     right = imputers.accuracy(many, known, found)
+    two = vocabulary([[0, 1], [1]], [["x", "y", "z"]])
+    none = vocabulary([[], []], [["x", "y", "z"]])
+    guesses = {"hard": np.array([[0, 0, 0], [0, 1, 1], [0, 0, 0]]), "soft": np.array([[0, 0, 0], [0.5, 0.9, 0], [0.2, 0.1, 0.0]])}
+    assert imputers.accuracy(two, none, guesses).loc["a0"].to_dict() == {"hard": 0.25, "soft": 0.5}
     assert list(right.index) == ["a0", "a1"]
     assert (right[["tf-idf", "tf-idf-probability", "nearest-title"]] > 0.95).all(axis=None) and (right["none"] == 0).all()
     assert (right["most-frequent"] < 0.7).all()
@@ -82,20 +94,22 @@ def test_imputers_guess_from_titles_and_keep_what_is_known(many: Vocabulary) -> 
     assert set(np.unique(found["tf-idf"])) <= {0, 1}
 
 
-def with_tagger(tagger: bool) -> object:
-    from corec.params import Params, StudyParams
-
+def with_tagger(tagger: bool) -> Params:
     return Params(reranker=RerankerParams(backbone="tiny"), study=StudyParams(tagger=tagger))
 
 
 def test_probabilities_of_items_with_a_value_can_come_from_other_items() -> None:
     known = vocabulary([[0], [0], [1], [1], [1], [0]], [["x", "y"]])
     titles = ["apple one", "apple two", "pear three", "pear four", "apple five", "apple six"]  # the fifth is wrong
-    inside, outside = (imputers.by_words(known, titles, 100.0, folds)[5, 1] for folds in (0, 6))
+    inside, outside = (imputers.by_words(known, titles, folds=folds, inverse_penalty=100.0)[5, 1] for folds in (0, 6))
     assert inside > 0.5 > outside
     empty = vocabulary([[], []], [["x"]])
     assert not imputers.by_words(empty, ["a b", "c d"]).any() and not imputers.most_frequent(empty).any()
     assert not imputers.nearest(empty, np.eye(3, dtype=np.float32)).any()
+    assert not imputers.by_words(known, ["", "!", "", "?", "", ""]).any()
+    both = vocabulary([[0, 2], [1, 3], [0, 2], [1, 3], [2], [3]], [["x", "y"], ["a", "b"]])
+    same = ["thing"] * 6  # only the other attribute tells
+    assert imputers.by_words(both, same, with_values=True)[5, 0] > 0.6 > 0.51 > imputers.by_words(both, same)[5, 0]
     every = vocabulary([[0], [0], []], [["x", "y"]])
     assert imputers.by_words(every, ["a b", "c d", "e f"])[3].tolist() == [1, 0], "a value that all known items have"
 
@@ -219,26 +233,54 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     assert (best["ahead"] == 0).all() and len(best) and not set(table["best"]) - set(missing.SIMPLE)
     assert set(table["attribute"]) - {"all"} <= {attribute.name for attribute in world.prepared.vocabulary.attributes}
     assert (table["ahead"].abs() <= 1).all() and (table["seeds"] == 2).all()
+    assert (table["run"] == own.run).all()
     assert {"tf-idf-and-table"} == set(table[table["wrong"] > 0]["imputer"]) - set(table[table["wrong"] == 0]["imputer"])
 
-    folder = tmp_path / "figures" / "missing-metadata-mine"
-    folder.mkdir(parents=True)
-    assert [path.name for path in missing_report.keep(table, folder)] == ["missing.csv", "missing.png"]
-    joined = tmp_path / "figures" / "missing-metadata"
-    assert len(pd.read_csv(joined / "metrics.csv")) == len(table) and (joined / "missing.png").exists()
-    for each in (folder, joined):
-        page = (each / "results.md").read_text()
+    assert not missing_report.join(tmp_path / "figures")
+    for name in ("mine", "other"):  # two runs on the same data
+        folder = tmp_path / "figures" / f"missing-metadata-{name}"
+        folder.mkdir(parents=True)
+        assert [path.name for path in missing_report.keep(table.assign(run=folder.name), folder)] == [
+            "missing.csv",
+            "missing.png",
+        ]
+        page = (folder / "results.md").read_text()
         assert "by share of wrong values" in page and "| `rule`, `corec-dropout` |" in page
-        assert pages.pages_of(each) == {each / "results.md": page}
+        assert pages.pages_of(folder) == {folder / "results.md": page}
+    joined = missing_report.join(tmp_path / "figures")
+    assert len(pd.read_csv(joined[0])) == 2 * len(table) and joined[1].exists() and not pages.pages_of(joined[0].parent)
 
 
 def test_the_threshold_is_the_smallest_share_from_which_on_the_difference_is_above_0() -> None:
     rows = [(0.0, -0.1), (0.25, 0.1), (0.5, -0.01), (0.75, 0.02), (0.9, 0.03)]
     table = pd.DataFrame(rows, columns=["missing", "ahead_low"]).assign(
-        dataset="d", attribute="all", n_tokens=1, model="rule", imputer="corec-dropout", metric="cp", wrong=0.0,
+        run="d", attribute="all", n_tokens=1, model="rule", imputer="corec-dropout", metric="cp", wrong=0.0,
         ahead=lambda part: part["ahead_low"] + 0.05, ahead_high=1.0, best="tf-idf",
     )  # fmt: skip
     found = missing_report.thresholds(table).iloc[0]
     assert found["from"] == 0.75 and found["difference"] == pytest.approx(0.07)
     never = missing_report.thresholds(table.assign(ahead_low=-1.0)).iloc[0]
     assert pd.isna(never["from"]) and never["difference"] == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("reranker", {"control": "request"}, "'missing_metadata' needs the probability of each constraint"),
+        ("reranker", {"loss": "ranknet"}, "'missing_metadata' needs the probability of each constraint"),
+        ("controls", {"n_tokens": [0, 2]}, "compares attributes by requests of one constraint"),
+    ],
+)
+def test_runs_that_do_not_fit_the_study_are_refused_before_the_first_training(
+    world: World, tmp_path: Path, section: str, changes: dict[str, object], message: str
+) -> None:
+    own = with_prior(world, prior=False)
+    own = own.model_copy(update={section: getattr(own, section).model_copy(update=changes)})
+    with pytest.raises(CorecError, match=message):
+        missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None)
+    assert not (tmp_path / "scores").exists()
+    with pytest.raises(CorecError, match="study.missing"):
+        Params.checked({"study": {"missing": []}})
+    wide = {"controls": {"pool": ["sasrec", "next"]}, "evidence": {"combiner": "linear"}, "data": {"held_back": 4}}
+    wide |= {"reranker": {"control": "constraints", "loss": "listwise"}}  # type: ignore[dict-item]
+    assert "candidates that do not depend on the attributes" in str(conflicts.in_missing(Params.checked(wide)))

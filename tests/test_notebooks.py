@@ -31,6 +31,7 @@ SMALL = {
         "surface": [16],
         "missing": [0.5],
         "wrong": [],
+        "nearest_title": False,
         "transfer_steps": [1],
     },
     "efficiency": {"candidates": [5, 8], "repeats": 2, "users": 3},

@@ -154,6 +154,26 @@ def test_a_stage_made_with_other_parameters_says_which() -> None:
             stages.start(RUN.model_copy(update=changes), "controls")
 
 
+def test_a_parameter_that_a_later_version_added_counts_with_its_default() -> None:
+    finish(RUN, "data")
+    record = stages.read_record("r", "data") or {}
+    assert record["params"]["data"].pop("repeats") is False
+    files.write_json(paths.stage_dir("r", "data") / "stage.json", record)
+    stages.check(RUN, "data")
+    with pytest.raises(CorecError, match=r"\(data.repeats is True, was False\)"):
+        stages.check(RUN.model_copy(update={"data": RUN.data.model_copy(update={"repeats": True})}), "data")
+
+
+def test_a_missing_source_of_a_transfer_is_named_before_the_first_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("no notebook runs"))
+    assert reproduce.main([str(ROOT / "params" / "transfer-gift-cards.yaml")]) == 1
+    assert "Run 'complete-journey' has no finished stages" in capsys.readouterr().err
+    assert reproduce.main([str(ROOT / "params" / "ml-100k-ranknet.yaml"), "--only", "missing_metadata"]) == 1
+    assert "ml-100k-ranknet.yaml: stage 'missing_metadata' needs the probability" in capsys.readouterr().err
+
+
 def test_an_interrupted_stage_is_not_taken_for_whole() -> None:
     finish(RUN, "data")
     stages.start(RUN, "data")
@@ -238,6 +258,7 @@ def test_control_c_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_the_stages_of_a_run_are_a_field_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(reproduce, "execute", lambda notebook, *_: ran.append(notebook))
+    monkeypatch.setattr(stages, "require", lambda *_: {})  # the source of the transfer
     for name, wanted in (
         ("efficiency", "01 02 03 04 09"),
         ("ml-100k", "01 02 03 04 05 06"),

@@ -28,7 +28,7 @@ def kept(world: World, monkeypatch: pytest.MonkeyPatch, folder: Path, **changes:
     model = world.build(own)
     unlike_start(model)
     reranker.save(model, pd.DataFrame({"step": [0]}), folder)
-    record = {"params": {"reranker": own.reranker.model_dump(mode="json")}}
+    record = {"params": {"reranker": own.reranker.model_dump(mode="json")}, "identity": "first"}
     monkeypatch.setattr(stages, "require", lambda run, stage: record if (run, stage) == ("other", "reranker") else None)
     monkeypatch.setattr(paths, "stage_dir", lambda run, stage: folder)
     study = own.study.model_copy(update={"source": "other", "transfer_steps": [2]})
@@ -106,6 +106,7 @@ def test_transfer_is_compared_with_training_anew(world: World, monkeypatch: pyte
     found, shared = transfer.compare(world.tables, examples, own, tmp_path / "stage")
     assert list(found) == ["transferred", "transferred, 2 steps", "corec, 2 steps"]
     assert (found["transferred"].total() != found["transferred, 2 steps"].total()).any()
+    assert not list((tmp_path / "stage").glob("**/checkpoint.pt"))
     found["corec"] = found["corec, 2 steps"]
     users = world.tables.windows.set_index("window").loc[prepared.pools["test"].window, "user"].to_numpy()
     table = transfer.judge(found, shared, examples, users, own)

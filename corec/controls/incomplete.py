@@ -38,8 +38,9 @@ def hide(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
 def corrupt(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
     """Replace the values of a random part of the pairs of an item and an attribute by other ones.
 
-    The wrong values are those that a random other item has of the attribute, so frequent values stay frequent. The pairs that are
-    wrong with one share are wrong with all larger shares and the same seed.
+    The wrong values are those that a random other item has of the attribute, so frequent values stay frequent. They have none in
+    common with the true ones if an item with such values is found. The pairs that are wrong with one share are wrong with all
+    larger shares and the same seed.
 
     Parameters
     ----------
@@ -50,14 +51,15 @@ def corrupt(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
     seed
         Seed of the choice.
     """
-    rng, known, parts = np.random.default_rng([seed, 8]), vocabulary.known(), []
-    kinds = vocabulary.kind(vocabulary.values_of)
+    known, kinds, parts = vocabulary.known(), vocabulary.kind(vocabulary.values_of), []
     for number in range(len(vocabulary.attributes)):
+        rng = np.random.default_rng([seed, 8, number])
         values = padded(np.where(kinds == number, vocabulary.values_of, -1))
         donors, changed = np.flatnonzero(known[:, number]), values.copy()
         left = np.flatnonzero(known[:, number] & (rng.random(len(values)) < share))
-        for _ in range(100):  # until the values of every donor differ; an attribute with one value only stays as it is
-            changed[left] = values[rng.choice(donors, len(left))] if len(donors) else values[left]
-            left = left[(changed[left] == values[left]).all(axis=1)]
+        for _ in range(100 if len(donors) else 0):
+            changed[left] = values[rng.choice(donors, len(left))]
+            same = changed[left][:, :, None] == values[left][:, None]
+            left = left[(same & (changed[left] >= 0)[:, :, None]).any(axis=(1, 2))]
         parts.append(changed)
     return dataclasses.replace(vocabulary, values_of=padded(np.concatenate(parts, axis=1)))

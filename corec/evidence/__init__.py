@@ -3,7 +3,7 @@
 from corec.controls import Prepared, Vocabulary
 from corec.data import Tables
 from corec.evidence.combiner import Combined, combine, save
-from corec.evidence.features import NAMES, Evidence, Similarities, gather, similarity_tables
+from corec.evidence.features import NAMES, Evidence, Similarities, gather, similarity_tables, weighted_values
 from corec.evidence.pools import Wide, widen
 from corec.params import Params
 
@@ -19,6 +19,7 @@ __all__ = [
     "save",
     "similarities_of",
     "similarity_tables",
+    "weighted_values",
     "widen",
 ]
 

@@ -16,7 +16,7 @@ from corec.reranker.model import (
     trained_tokens,
     zero_shot,
 )
-from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens
+from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens, value_token
 from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import (
     Examples,
@@ -70,5 +70,6 @@ __all__ = [
     "train",
     "trained_tokens",
     "training_batch",
+    "value_token",
     "zero_shot",
 ]

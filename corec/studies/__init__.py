@@ -1,4 +1,4 @@
-"""Comparison studies of notebooks 07 to 09. A study writes into the folders of its own run."""
+"""Comparison studies of notebooks 07, 08, 09, 10 and 11. A study writes into the folders of its own run."""
 
 from pathlib import Path
 from typing import Any

@@ -4,11 +4,13 @@ Each function returns guesses [items + 1, values] between 0 and 1 for all items;
 unknown.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
@@ -61,10 +63,17 @@ def probabilities(words: Any, shown: np.ndarray, others: Any, inverse_penalty: f
     return found / np.maximum(found.sum(axis=1, keepdims=True), 1e-9) if shown.sum(axis=1).max() == 1 else found
 
 
-def by_words(vocabulary: Vocabulary, titles: Sequence[str], inverse_penalty: float = 10.0, folds: int = 0) -> np.ndarray:
+def by_words(
+    vocabulary: Vocabulary,
+    titles: Sequence[str],
+    with_values: bool = False,
+    folds: int = 0,
+    inverse_penalty: float = 10.0,
+) -> np.ndarray:
     """Probabilities by logistic regression on the TF-IDF of the words and pairs of words of the titles.
 
-    The regressions of an attribute (see :func:`probabilities`) are fitted to the items that have a value of it.
+    The regressions of an attribute (see :func:`probabilities`) are fitted to the items that have a value of it. If the titles
+    have no words, all probabilities are 0.
 
     Parameters
     ----------
@@ -72,23 +81,29 @@ def by_words(vocabulary: Vocabulary, titles: Sequence[str], inverse_penalty: flo
         Known values.
     titles
         Titles of the items 1 … n.
-    inverse_penalty
-        Parameter ``C`` of the regression.
+    with_values
+        The known values of the other attributes are also features, 0 or 1.
     folds
         If not 0, the probabilities of items that have a value come from regressions fitted to other items, in so many parts.
+    inverse_penalty
+        Parameter ``C`` of the regression.
     """
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
     known, labels = vocabulary.known()[1:], table(vocabulary)
     guesses = np.zeros_like(labels)
+    if not any(re.search(r"\w", title) for title in titles):
+        return guesses
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
     for number in range(len(vocabulary.attributes)):
-        values, rows = np.flatnonzero(vocabulary.attribute_of == number), np.flatnonzero(known[:, number])
+        own = vocabulary.attribute_of == number
+        values, rows = np.flatnonzero(own), np.flatnonzero(known[:, number])
         if not len(rows):
             continue
+        features = sparse.hstack([words, labels[1:, ~own]], format="csr") if with_values else words
         shown = labels[1:][rows][:, values]
-        guesses[1:, values] = probabilities(words[rows], shown, words, inverse_penalty)
+        guesses[1:, values] = probabilities(features[rows], shown, features, inverse_penalty)
         if 0 < folds <= len(rows):
             for fit, held in KFold(folds, shuffle=True, random_state=0).split(rows):
-                found = probabilities(words[rows[fit]], shown[fit], words[rows[held]], inverse_penalty)
+                found = probabilities(features[rows[fit]], shown[fit], features[rows[held]], inverse_penalty)
                 guesses[np.ix_(1 + rows[held], values)] = found
     return guesses
 
@@ -144,7 +159,10 @@ def decided(vocabulary: Vocabulary, guesses: np.ndarray) -> np.ndarray:
 
 
 def accuracy(vocabulary: Vocabulary, known: Vocabulary, values_of: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Share of the hidden pairs of an item and an attribute for which the most probable value is a true one.
+    """Share of the guesses that are true, over the hidden pairs of an item and an attribute.
+
+    A guess is the value with the highest probability. Several guessed values of a pair count in equal parts. A pair without a
+    guess is an error.
 
     Parameters
     ----------
@@ -155,15 +173,17 @@ def accuracy(vocabulary: Vocabulary, known: Vocabulary, values_of: Mapping[str, 
 
     Returns
     -------
-    One row for each attribute with hidden values, one column for each imputer; an item without a guess counts as an error.
+    One row for each attribute with hidden values, one column for each imputer.
     """
     truth, hidden, rows = table(vocabulary), vocabulary.known() & ~known.known(), {}
     for number, attribute in enumerate(vocabulary.attributes):
-        items, values = np.flatnonzero(hidden[:, number]), np.flatnonzero(vocabulary.attribute_of == number)
-        if len(items):
-            own = {name: part[np.ix_(items, values)] for name, part in values_of.items()}
-            best = {name: (part.argmax(axis=1), part.max(axis=1) > 0) for name, part in own.items()}
+        pairs = np.ix_(np.flatnonzero(hidden[:, number]), np.flatnonzero(vocabulary.attribute_of == number))
+        if len(pairs[0]):
+            best = {
+                name: (part[pairs] > 0) & (part[pairs] == part[pairs].max(1, keepdims=True)) for name, part in values_of.items()
+            }
             rows[attribute.name] = {
-                name: float((truth[items, values[place]] * guessed).mean()) for name, (place, guessed) in best.items()
+                name: float(((truth[pairs] * part).sum(axis=1) / np.maximum(part.sum(axis=1), 1)).mean())
+                for name, part in best.items()
             }
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from corec import controls, evaluation, evidence, files, stages
+from corec import CorecError, controls, evaluation, evidence, files, stages
+from corec.conflicts import in_missing
 from corec.controls import Prepared, Vocabulary, standardise
 from corec.data import Tables
 from corec.evaluation import order_by
 from corec.intervals import by_user, with_differences
 from corec.params import Params
+from corec.rankers import boost
 from corec.reranker import build, engine, fingerprint, load_examples, score_parts, train
 from corec.scores import Scores
 from corec.studies import imputers
@@ -25,9 +27,18 @@ from corec.studies import imputers
 DROPOUT = "corec-dropout"
 MODELS = ("corec", DROPOUT)
 # Imputers that need no trained re-ranker, and those of them that give probabilities.
-SIMPLE = ("none", "most-frequent", "tf-idf", "tf-idf-probability", "tf-idf-and-table", "nearest-title", "tagger")
-SOFT = ("tf-idf-probability", "tf-idf-and-table")
-ALL = "all"
+SIMPLE = (
+    "none",
+    "most-frequent",
+    "tf-idf",
+    "tf-idf-probability",
+    "words-and-values",
+    "tf-idf-and-table",
+    "nearest-title",
+    "tagger",
+)
+ALL_ATTRIBUTES = "all"
+SOFT = ("tf-idf-probability", "words-and-values", "tf-idf-and-table")
 
 
 class Condition(NamedTuple):
@@ -35,7 +46,7 @@ class Condition(NamedTuple):
 
     missing: float  # share of the pairs of an item and an attribute that are unknown
     wrong: float  # share of the known pairs that have other values
-    seed: int  # of the choice of the pairs, and of the training
+    seed: int  # of the choice of the pairs, and of the training; combiner, candidates and requests have the seed of the run
 
     def apply(self, vocabulary: Vocabulary) -> Vocabulary:
         """The vocabulary as the shop knows it."""
@@ -92,6 +103,7 @@ def values_by_imputer(case: Case, titles: Sequence[str], embeddings: np.ndarray 
         "most-frequent": imputers.most_frequent(known),
         "tf-idf": imputers.decided(known, words),
         "tf-idf-probability": words,
+        "words-and-values": imputers.by_words(known, titles, with_values=True),
     }
     if embeddings is not None:
         found["nearest-title"] = imputers.nearest(known, embeddings)
@@ -106,21 +118,26 @@ def values_by_imputer(case: Case, titles: Sequence[str], embeddings: np.ndarray 
 
 def cases(tables: Tables, prepared: Prepared, params: Params) -> Iterator[Case]:
     """Cases of :func:`conditions`. The evidence and the combiner are computed from the known values of each."""
-    titles = None
-    if params.evidence.combiner != "none":
-        titles = evidence.similarities_of(tables, prepared.vocabulary, params).text
+    with_evidence = params.evidence.combiner != "none"
+    whole = evidence.similarities_of(tables, prepared.vocabulary, params) if with_evidence else None
     for condition in conditions(params):
         known, priors = condition.apply(prepared.vocabulary), {}
-        if params.evidence.combiner != "none":
-            similar = evidence.similarity_tables(tables, known, params.evidence, titles)
+        if whole is not None:
+            similar = whole._replace(values=evidence.weighted_values(known))
             priors = evidence.make(tables, prepared, similar, params)[1].priors
         yield Case(condition, known, priors)
 
 
 def asked(prepared: Prepared, lengths: Sequence[int]) -> list[np.ndarray]:
-    """Requests to score: those of all lengths, then each constraint of each of them alone, [windows, n] each."""
+    """Requests to score: those of all lengths, then each constraint of the longer ones alone, [windows, n] each."""
     whole = [prepared.requests["test", n] for n in lengths]
-    return whole + [request[:, [place]] for request in whole for place in range(request.shape[1])]
+    return whole + [request[:, [place]] for request in whole if request.shape[1] > 1 for place in range(request.shape[1])]
+
+
+def settings_of(model: str, params: Params) -> Params:
+    """Settings of the training of ``corec`` or of ``corec-dropout``, which has `study.attribute_dropout`."""
+    dropout = params.study.attribute_dropout if model == DROPOUT else 0.0
+    return params.model_copy(update={"reranker": params.reranker.model_copy(update={"attribute_dropout": dropout})})
 
 
 def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params: Params, folder: Path) -> Scores:
@@ -129,7 +146,7 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     Parameters
     ----------
     model
-        ``corec``, or ``corec-dropout``, which is trained with `study.attribute_dropout`.
+        ``corec`` or ``corec-dropout`` (see :func:`settings_of`).
     case
         What the shop knows.
     tables, prepared
@@ -139,18 +156,14 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     folder
         Folder of the kept scores and of the checkpoint.
     """
-    dropout = params.study.attribute_dropout if model == DROPOUT else 0.0
-    own = params.model_copy(
-        update={
-            "seed": case.condition.seed,
-            "reranker": params.reranker.model_copy(update={"attribute_dropout": dropout}),
-        }
-    )
+    own = settings_of(model, params).model_copy(update={"seed": case.condition.seed})
     examples = load_examples(tables.windows, prepared._replace(vocabulary=case.known), case.priors)
     requests, pools = asked(prepared, params.controls.n_tokens), prepared.pools["test"]
     given = [case.known.values_of.tolist(), *(part.tolist() for part in (pools.window, pools.candidates, *requests))]
-    priors = {split: part.tolist() for split, part in case.priors.items()}
-    identity = files.digest([stages.section(own, "reranker"), own.seed, fingerprint(examples), given, priors])
+    given += [tables.items["title"].tolist(), [attribute.model_dump() for attribute in case.known.attributes]]
+    priors = {split: part.round(3).tolist() for split, part in case.priors.items()}
+    sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
+    identity = files.digest([sections, fingerprint(examples), given, priors])
     path = folder / f"{model}-{case.condition.missing:g}-{case.condition.wrong:g}-{case.condition.seed}-{identity}.npz"
     try:
         with np.load(path) as kept:
@@ -170,19 +183,17 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     return found
 
 
-def soft_rule(prior: np.ndarray, values: np.ndarray, logits: float) -> np.ndarray:
-    """Ranking [windows, K] by prior + `logits` times the expected number of constraints met, `values` [windows, K, n]."""
-    return order_by(prior + logits * values.sum(axis=2))
-
-
 def rankings(
     case: Case, prepared: Prepared, values_of: Mapping[str, np.ndarray], scores: Mapping[str, Scores], params: Params
 ) -> dict[int, dict[tuple[str, str], np.ndarray]]:
     """Rankings [windows, K] by number of constraints, then by model and imputer.
 
     The model ``rule`` with a hard imputer orders by the number of constraints met, ties by the combiner. With probabilities it is
-    :func:`soft_rule`. The imputers ``corec`` and ``corec-dropout`` are the probabilities of these models, from requests of one
-    constraint, where the value is unknown. The imputer ``truth`` knows all values.
+    the boost, with the expected number of constraints met and the weight `reranker.control_logits`. The imputers ``corec`` and
+    ``corec-dropout`` are the probabilities of these models, from requests of one constraint, where the value is unknown. With
+    wrong values, they are the mean of the known value and the probability. The imputer ``truth`` knows all values. Without a
+    prior, the retriever's standardised scores take its place, and the models ``corec`` and ``corec-dropout`` have no part of the
+    retriever.
 
     Parameters
     ----------
@@ -209,14 +220,16 @@ def rankings(
         for name, part in values_of.items():
             values = part[pools.candidates[:, :, None], request[:, None]] * (request >= 0)[:, None]  # [windows, K, n]
             soft = name in SOFT
-            orders["rule", name] = soft_rule(prior, values, logits) if soft else evaluation.rule_order(combined, values)
+            orders["rule", name] = order_by(boost(prior, values, logits)) if soft else evaluation.rule_order(combined, values)
         is_known = told.transpose(0, 2, 1)[rows, prepared.vocabulary.kind(request)].transpose(0, 2, 1)  # [windows, K, n]
         known_met = controls.matches(pools.candidates, request, case.known.values_of)
         for name, own in scores.items():
             orders[name, "none"] = order_by(own.total()[:, place])
-            chance = own.control[:, single : single + n].transpose(0, 2, 1) / logits
-            orders["rule", name] = soft_rule(prior, np.where(is_known, known_met, chance), logits)
-        single += n
+            first = single if n > 1 else place
+            chance = own.control[:, first : first + n].transpose(0, 2, 1) / logits
+            told_met = (known_met + chance) / 2 if case.condition.wrong else known_met
+            orders["rule", name] = order_by(boost(prior, np.where(is_known, told_met, chance), logits))
+        single += n if n > 1 else 0
         found[n] = orders
     return found
 
@@ -236,7 +249,14 @@ def measure(
         Folder of the kept scores; a second call resumes after the last one.
     embeddings
         See :func:`values_by_imputer`.
+
+    Raises
+    ------
+    CorecError
+        Before the first training, if the settings do not fit the study (see :mod:`corec.conflicts`).
     """
+    if fault := in_missing(params):
+        raise CorecError(fault[0].upper() + fault[1:])
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[Key, list[np.ndarray]] = {}
     titles, cut = tables.items["title"].tolist(), params.figures.k
@@ -271,8 +291,8 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
 
     Returns
     -------
-    Columns of :data:`corec.evaluation.COLUMNS`, and ``missing wrong imputer attribute best ahead ahead_low ahead_high seeds``.
-    `seeds` is the number of seeds, of which `seed` is the first.
+    Columns of :data:`corec.evaluation.COLUMNS`, and ``run missing wrong imputer attribute best ahead ahead_low ahead_high
+    seeds``: `seeds` is the number of seeds, of which `seed` is the first; `attribute` is ``all``, or that of the requests.
     """
     vocabulary, cut, parts = prepared.vocabulary, params.figures.k, []
     groups: dict[tuple[float, float, int], list[Key]] = {}
@@ -280,7 +300,7 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
         groups.setdefault(key[:3], []).append(key)
     for (*_, n), keys in groups.items():
         kinds = vocabulary.kind(prepared.requests["test", n])[:, 0] if n == 1 else np.full(len(users), -1)
-        chosen = {ALL: np.full(len(users), True)}
+        chosen = {ALL_ATTRIBUTES: np.full(len(users), True)}
         chosen |= {each.name: kinds == number for number, each in enumerate(vocabulary.attributes)}
         for attribute, rows in chosen.items():
             if not rows.any():
@@ -298,6 +318,6 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
     table = pd.concat(parts, ignore_index=True)
     table["tau"] = table["n_tokens"].where(table["metric"] == "cp").astype("Int64")
     table = table.assign(dataset=params.data.dataset, protocol=params.controls.protocol, K=params.controls.k, k=cut)
-    table = table.assign(seed=params.seed, seeds=params.study.seeds)
-    own = "missing wrong imputer attribute best ahead ahead_low ahead_high seeds".split()
+    table = table.assign(run=params.run, seed=params.seed, seeds=params.study.seeds)
+    own = "run missing wrong imputer attribute best ahead ahead_low ahead_high seeds".split()
     return table[evaluation.COLUMNS + own]

@@ -9,12 +9,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import files, pages
-from corec.evaluation import error_bars
+from corec import files
+from corec.evaluation import error_bars, pick
 from corec.studies import keep_study
 
-FOLDER = "missing-metadata"  # of all data sets; the folders of the runs begin with this name
-ALL = "all"
+FOLDER = "missing-metadata"  # of :func:`join`; the names of the runs begin with it
 BEST = ("rule", "best imputer")
 NAMES = {
     ("rule", "truth"): "rule, all values known",
@@ -38,35 +37,31 @@ def draw(table: pd.DataFrame) -> Figure:
     Parameters
     ----------
     table
-        Result of :func:`corec.studies.missing.tabulate`, of one or several data sets, each of which has a row of panels.
+        Result of :func:`corec.studies.missing.tabulate`, of one or several runs, each of which has a row of panels.
     """
-    datasets, cut = list(table["dataset"].unique()), table["k"].iloc[0]
-    noisy = bool((table["wrong"] > 0).any())
-    size = (5 * (3 + noisy), 0.8 + 3.4 * len(datasets))
-    figure, axes = plt.subplots(len(datasets), 3 + noisy, figsize=size, squeeze=False, layout="constrained")
-    for row, dataset in zip(axes, datasets, strict=True):
-        part = with_best(table[(table["dataset"] == dataset) & (table["metric"] == "cp")])
-        whole, single = part[part["wrong"] == 0], part[(part["n_tokens"] == 1) & (part["attribute"] == ALL)]
-        lines(row[0], ((label, single[of(single, key) & (single["wrong"] == 0)]) for key, label in NAMES.items()), "missing")
-        row[0].set(title=f"{dataset}: CP@{cut}, one token", xlabel="share of values that are unknown", ylabel=f"CP@{cut}")
-        both = whole[of(whole, ("rule", "corec-dropout"))]
-        tokens = ((f"{n} token{'s' * (n != 1)}", rows) for n, rows in both[both["attribute"] == ALL].groupby("n_tokens"))
+    runs, cut, noisy = list(table["run"].unique()), table["k"].iloc[0], bool((table["wrong"] > 0).any())
+    size = (5 * (3 + noisy), 0.8 + 3.4 * len(runs))
+    figure, axes = plt.subplots(len(runs), 3 + noisy, figsize=size, squeeze=False, layout="constrained")
+    for row, run in zip(axes, runs, strict=True):
+        part = with_best(pick(table, run=run, metric="cp"))
+        single, whole = pick(part, n_tokens=1, attribute="all"), pick(part, wrong=0)
+        about = f"{part['dataset'].iloc[0]}, K = {part['K'].iloc[0]}, {part['protocol'].iloc[0]}"
+        rankers = {label: (key, pick(single, model=key[0], imputer=key[1])) for key, label in NAMES.items()}
+        lines(row[0], ((label, pick(rows, wrong=0)) for label, (_, rows) in rankers.items()), "missing")
+        row[0].set(title=f"{about}\none token", xlabel="share of values that are unknown", ylabel=f"CP@{cut}")
+        both = pick(whole, model="rule", imputer="corec-dropout")
+        tokens = ((f"{n} token{'s' * (n != 1)}", rows) for n, rows in pick(both, attribute="all").groupby("n_tokens"))
         lines(row[1], tokens, "missing", "ahead")
-        attributes = ((str(name), rows) for name, rows in both[both["attribute"] != ALL].groupby("attribute", sort=False))
+        attributes = ((str(name), rows) for name, rows in both[both["attribute"] != "all"].groupby("attribute", sort=False))
         lines(row[2], attributes, "missing", "ahead")
-        for axis, title in zip(row[1:3], ("", ", one token, by attribute"), strict=True):
+        for axis, title in zip(row[1:3], ("", " (one token, by attribute)"), strict=True):
             axis.axhline(0, color="0.3", linewidth=0.8)
-            axis.set(title=f"rule with COREC minus best imputer{title}", xlabel="share of values that are unknown", ylabel="")
+            axis.set(title=f"rule with COREC's guesses minus\nbest imputer{title}", xlabel="share of values that are unknown")
         if noisy:
-            few = single[(single["missing"] == 0)]
-            lines(row[3], ((label, few[of(few, key)]) for key, label in list(NAMES.items())[:5]), "wrong")
-            row[3].set(title=f"CP@{cut}, one token", xlabel="share of values that are wrong", ylabel="")
+            shown = [(label, pick(rows, missing=0)) for label, (_, rows) in rankers.items()]
+            lines(row[3], ((label.replace("for unknown values", "and table"), rows) for label, rows in shown), "wrong")
+            row[3].set(title=f"{about}\none token", xlabel="share of values that are wrong", ylabel=f"CP@{cut}")
     return figure
-
-
-def of(table: pd.DataFrame, key: tuple[str, str]) -> pd.Series:
-    """Select the rows of a model and an imputer."""
-    return (table["model"] == key[0]) & (table["imputer"] == key[1])
 
 
 def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str = "value") -> None:
@@ -80,7 +75,7 @@ def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str 
 
 
 def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-dropout") -> pd.DataFrame:
-    """Share of missing values from which a ranker has a higher CP than the rule with the best imputer.
+    """Share of missing values from which on a ranker has a higher CP than the rule with the best imputer.
 
     Parameters
     ----------
@@ -91,36 +86,47 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
 
     Returns
     -------
-    Columns ``dataset attribute n_tokens from difference low high best``. `from` is the smallest share such that the interval of
-    the difference is above 0 at this share and all larger ones. If it is empty, there is none, and the numbers are those of the
+    Columns ``run attribute n_tokens from difference low high best``. `from` is the smallest share such that the interval of the
+    difference is above 0 at this share and all larger ones. If it is empty, there is none, and the numbers are those of the
     largest share.
     """
-    rows = table[of(table, (model, imputer)) & (table["metric"] == "cp") & (table["wrong"] == 0)]
+    rows = pick(table, model=model, imputer=imputer, metric="cp", wrong=0)
     found = []
-    for (dataset, attribute, n), part in rows.groupby(["dataset", "attribute", "n_tokens"], sort=False):
+    for (run, attribute, n), part in rows.groupby(["run", "attribute", "n_tokens"], sort=False):
         part = part.sort_values("missing", ascending=False)
         above = part[(part["ahead_low"] > 0).cummin()]
         row = above.iloc[-1] if len(above) else part.iloc[0]
         share = row["missing"] if len(above) else None
-        found.append((dataset, attribute, n, share, row["ahead"], row["ahead_low"], row["ahead_high"], row["best"]))
-    return pd.DataFrame(found, columns="dataset attribute n_tokens from difference low high best".split())
+        found.append((run, attribute, n, share, row["ahead"], row["ahead_low"], row["ahead_high"], row["best"]))
+    return pd.DataFrame(found, columns="run attribute n_tokens from difference low high best".split())
 
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the table and the figure of a run; returns the files.
-
-    If the name of the folder begins with :data:`FOLDER`, the tables of all such folders are also joined in the folder of that
-    name (``metrics.csv``, ``missing.png``), which is no output of one run.
-    """
+    """Write the table of a run, its plot and the results page; returns the files."""
     with sns.axes_style("whitegrid"):
-        written = keep_study(table, draw(table), folder / "missing", "%.5g")
-        if folder.name.startswith(f"{FOLDER}-"):
-            paths = sorted(folder.parent.glob(f"{FOLDER}-*/missing.csv"))
-            joined = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-            whole = folder.parent / FOLDER
-            files.write_text(whole / "metrics.csv", joined.to_csv(index=False))
-            figure = draw(joined)
-            figure.savefig(whole / "missing.png", dpi=130)
-            plt.close(figure)
-            pages.write_study(whole)
+        return keep_study(table, draw(table), folder / "missing", "%.5g")
+
+
+def join(figures: Path) -> list[Path]:
+    """Join the tables of all runs whose name begins with ``missing-metadata-`` (``metrics.csv`` and ``missing.png``).
+
+    Parameters
+    ----------
+    figures
+        Folder of the figures of all runs; the files are written to its folder ``missing-metadata``.
+
+    Returns
+    -------
+    The files; empty if there is no such run.
+    """
+    tables = [pd.read_csv(path) for path in sorted(figures.glob(f"{FOLDER}-*/missing.csv"))]
+    if not tables:
+        return []
+    written = [figures / FOLDER / name for name in ("metrics.csv", "missing.png")]
+    joined = pd.concat(tables, ignore_index=True)
+    files.write_text(written[0], joined.to_csv(index=False))
+    with sns.axes_style("whitegrid"):
+        figure = draw(joined)
+    figure.savefig(written[1], dpi=130)
+    plt.close(figure)
     return written

@@ -18,14 +18,13 @@ from corec.data import Tables
 from corec.evaluation import error_bars, order_by
 from corec.intervals import by_user, with_differences
 from corec.params import Params, RerankerParams
-from corec.reranker import Examples, Reranker, build, engine, new_tokens, score_parts, train, trained_tokens
+from corec.reranker import Examples, Reranker, build, engine, new_tokens, score_parts, train, trained_tokens, value_token
 from corec.scores import Scores
 from corec.studies import keep_study
 
 ANEW = "corec"  # trained on the target's own windows, in full
 TRANSFERRED = "transferred"
 SIMPLE = ("sasrec", "combiner", "rule", "rule+combiner")
-ALL = "all"
 
 
 class Transferred(NamedTuple):
@@ -67,7 +66,7 @@ def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
     Raises
     ------
     CorecError
-        If the source is missing, or has another kind of read-out (see :func:`settings`).
+        If the source cannot be used (see :func:`settings`).
     """
     own = settings(params)
     folder = paths.stage_dir(params.study.source or params.run, "reranker")
@@ -83,7 +82,7 @@ def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
         for name, value in model.trainable().items():
             key = name.removeprefix("model.").replace(".default", "")
             if name.startswith("model.") and "trainable_tokens" in name:
-                value[here] = weights[key][there]
+                value[here] = weights[key][there].to(value.device, value.dtype)
             elif name.startswith("model."):
                 value.copy_(weights[key])
     head = load_file(folder / "head.safetensors")
@@ -91,7 +90,7 @@ def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
     model.head.load_state_dict(kept, strict=False)
     model.start = {name: value.detach().clone() for name, value in model.trainable().items()}
     words = own.reranker.values == "words"
-    names = [f"<{prepared.vocabulary.name(value)}>" for value in range(len(prepared.vocabulary.labels))]
+    names = [value_token(prepared.vocabulary, value) for value in range(len(prepared.vocabulary.labels))]
     attributes = [f"<{prepared.vocabulary.attributes[number].name}>" for number in prepared.vocabulary.attribute_of]
     shared = np.array([token in trained for token in (attributes if words else names)])
     return Transferred(model, shared, own)
@@ -106,7 +105,7 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
         Tables, and windows, of the target.
     params
         Settings of the target: `study.source`, and `study.transfer_steps`, the steps of the short trainings. A training from the
-        initial weights spends the same share of them on plain prompts as the run.
+        initial weights spends the same share of its steps on plain prompts as the run.
     folder
         Folder of the checkpoints.
 
@@ -116,26 +115,28 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
     """
     prepared = examples.prepared
     requests = [prepared.requests["test", n] for n in params.controls.n_tokens]
+    identity = stages.require(params.study.source or params.run, "reranker")["identity"]
 
     def scored(model: Reranker, name: str) -> Scores:
         return score_parts(engine.merge(model), examples, prepared.pools["test"], requests, report=name)
 
-    def steps(own: Params, plain: int, whole: int) -> Params:
+    def short(model: Reranker, own: Params, plain: int, whole: int, name: str) -> Scores:
         update = {"curriculum_steps": plain, "steps": whole}
-        return own.model_copy(update={"reranker": own.reranker.model_copy(update=update)})
+        own = own.model_copy(update={"reranker": own.reranker.model_copy(update=update)})
+        where = folder / f"{name.replace(' ', '-')}-{identity}"
+        train(model, examples, own, where)
+        found = scored(model, name)
+        (where / "checkpoint.pt").unlink(missing_ok=True)
+        return found
 
     first = transfer(tables, prepared, params)
     shared, found = first.shared, {TRANSFERRED: scored(first.model, TRANSFERRED)}
     for count in params.study.transfer_steps:
-        again = transfer(tables, prepared, params)
-        name = f"{TRANSFERRED}, {count} steps"
-        train(again.model, examples, steps(again.params, 0, count), folder / name.replace(" ", "-"))
-        found[name] = scored(again.model, name)
-        anew, share = params.reranker, params.reranker.curriculum_steps
-        plain = round(count * share / (share + anew.steps))
-        model, name = build(tables.items, prepared.vocabulary, anew, params.seed), f"{ANEW}, {count} steps"
-        train(model, examples, steps(params, plain, max(1, count - plain)), folder / name.replace(" ", "-"))
-        found[name] = scored(model, name)
+        again, name = transfer(tables, prepared, params), f"{TRANSFERRED}, {count} steps"
+        found[name] = short(again.model, again.params, 0, count, name)
+        anew, name = params.reranker, f"{ANEW}, {count} steps"
+        plain = min(count - 1, round(count * anew.curriculum_steps / (anew.curriculum_steps + anew.steps)))
+        found[name] = short(build(tables.items, prepared.vocabulary, anew, params.seed), params, plain, count - plain, name)
     return found, shared
 
 
@@ -167,25 +168,22 @@ def judge(
     prior = np.stack([examples.prior[window] for window in pools.window]) if examples.prior else None
     cut, parts = params.figures.k, []
     for place, n in enumerate(params.controls.n_tokens):
-        request = prepared.requests["test", n]
+        request, keys_of = prepared.requests["test", n], evaluation.control_and_relevance(cut, n)
         judged = evaluation.judge(pools, request, prepared.vocabulary.values_of)
         given = rankers.Inputs(np.zeros(pools.candidates.shape), prior)
         simple = rankers.without_model(pools, judged, given, params.evaluation.boost)
         orders = {name: simple[name] for name in SIMPLE if name in simple}
         orders |= {name: order_by(part.total()[:, place]) for name, part in scores.items()}
-        groups = {ALL: np.full(len(users), True)}
-        if n == 1:
-            groups |= {
-                "shared": shared[request[:, 0]] & (request[:, 0] >= 0),
-                "new": ~shared[request[:, 0]] & (request[:, 0] >= 0),
-            }
         measured = {name: evaluation.by_window(order, judged, [cut]) for name, order in orders.items()}
+        groups = {"all": np.full(len(users), True)}
+        if n == 1:
+            asked, trained = request[:, 0] >= 0, shared[request[:, 0]]
+            groups |= {"shared": asked & trained, "new": asked & ~trained}
         for tokens, rows in groups.items():
             if rows.any():
-                keys = [(name, metric) for name in orders for metric in evaluation.control_and_relevance(cut, n)]
-                own = evaluation.control_and_relevance(cut, n)
-                columns = np.stack([measured[name][own[metric]][rows] for name, metric in keys], axis=1).astype(float)
-                values = by_user(columns, users[rows])
+                keys = [(name, metric) for name in orders for metric in keys_of]
+                columns = [measured[name][keys_of[metric]][rows] for name, metric in keys]
+                values = by_user(np.stack(columns, axis=1).astype(float), users[rows])
                 base = [keys.index((ANEW, metric)) for _, metric in keys]
                 numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
                 table = pd.DataFrame(keys, columns=["model", "metric"]).join(numbers)
@@ -204,11 +202,10 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Plot CP@k and NDCG@k of every model by number of tokens."""
-    whole, first = table[table["tokens"] == ALL], table.iloc[0]
-    names = list(whole["model"].unique())
+    whole, first = table[table["tokens"] == "all"], table.iloc[0]
+    names, lengths = list(whole["model"].unique()), sorted(whole["n_tokens"].unique())
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.3 * len(names)), sharey=True, layout="constrained")
     for axis, (metric, rows) in zip(axes, whole.groupby("metric", sort=True), strict=True):
-        lengths = sorted(rows["n_tokens"].unique())
         for shift, (n, color) in enumerate(zip(lengths, sns.color_palette("colorblind"), strict=False)):
             part = rows[rows["n_tokens"] == n].set_index("model").reindex(names)
             places = np.arange(len(names)) + 0.16 * (shift - (len(lengths) - 1) / 2)
