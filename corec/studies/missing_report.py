@@ -37,12 +37,13 @@ def draw(table: pd.DataFrame) -> Figure:
     Parameters
     ----------
     table
-        Result of :func:`corec.studies.missing.tabulate`, of one or several runs, each of which has a row of panels.
+        Result of :func:`corec.studies.missing.tabulate`, of one or several runs, each of which has a block of panels.
     """
     runs, cut, noisy = list(table["run"].unique()), table["k"].iloc[0], bool((table["wrong"] > 0).any())
-    size = (5 * (3 + noisy), 0.8 + 3.4 * len(runs))
-    figure, axes = plt.subplots(len(runs), 3 + noisy, figsize=size, squeeze=False, layout="constrained")
-    for row, run in zip(axes, runs, strict=True):
+    figure = plt.figure(figsize=(10, 7 * len(runs)), layout="constrained")
+    for block, run in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
+        row = block.subplots(2, 2).ravel()
+        row[3].set_visible(noisy)
         part = with_best(pick(table, run=run, metric="cp"))
         single, whole = pick(part, n_tokens=1, attribute="all"), pick(part, wrong=0)
         about = f"{part['dataset'].iloc[0]}, K = {part['K'].iloc[0]}, {part['protocol'].iloc[0]}"
