@@ -11,10 +11,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, evidence, files, frontier, rankers, stages
+from corec import CorecError, evaluation, files, frontier, rankers, stages
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import order_by
+from corec.evidence.features import latest_items
+from corec.evidence.text import title_embeddings
 from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.rankers import Ranked
@@ -164,10 +166,10 @@ def trained(items: pd.DataFrame, examples: Examples, params: Params, name: str, 
 
 def text_scores(tables: Tables, prepared: Prepared, params: Params) -> np.ndarray:
     """Similarity of the titles of each candidate and of the latest items [windows, K], by the encoder MiniLM."""
-    own = params.model_copy(update={"evidence": params.evidence.model_copy(update={"text": "minilm"})})
-    similar = evidence.similarities_of(tables, prepared.vocabulary, own)
-    found = evidence.gather(tables, prepared.pools["test"], similar, own.evidence)
-    return found.values[..., found.names.index("text_recent")]
+    pools, vectors = prepared.pools["test"], title_embeddings(tables.items["title"].tolist(), "minilm")
+    recent = latest_items(tables, tables.windows.set_index("window").loc[pools.window], params.evidence.recent)
+    similar = np.einsum("whd,wkd->wk", vectors[recent], vectors[pools.candidates])
+    return similar / np.maximum((recent > 0).sum(axis=1), 1)[:, None]
 
 
 def judge(
