@@ -255,7 +255,8 @@ def draw(table: pd.DataFrame) -> Figure:
     }
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         lengths = sorted(rows["n_tokens"].unique())
-        for shift, (n, color) in enumerate(zip(lengths, sns.color_palette("colorblind"), strict=False)):
+        colors = sns.color_palette("colorblind") if lengths != [0] else ["0.3"]
+        for shift, (n, color) in enumerate(zip(lengths, colors, strict=False)):
             part = rows[rows["n_tokens"] == n].set_index("variant").reindex(names)
             errors = [(part["ahead"] - part["ahead_low"]).clip(lower=0), (part["ahead_high"] - part["ahead"]).clip(lower=0)]
             places = np.arange(len(names)) + 0.18 * (shift - (len(lengths) - 1) / 2)
