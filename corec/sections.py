@@ -137,6 +137,23 @@ def missing_sections(folder: Path) -> Iterator[Section]:
     yield f"CP@{cut} minus that of the rule with the best imputer", [about, "", *ahead_table(ours)]
 
 
+def guesses_section(folder: Path) -> Iterator[Section]:
+    """Area under the ROC curve of the guesses of unknown values (:mod:`corec.studies.missing`)."""
+    table = pd.read_csv(folder / "guesses.csv")
+    means = table.groupby(["imputer", "attribute", "missing"], sort=False)["auc"].mean()
+    shares, names = sorted(table["missing"].unique()), list(table["attribute"].unique())
+    header = ["", *(f"{name}, {share:.0%}" for name in names for share in shares)]
+    keys = [(name, share) for name in names for share in shares]
+    rows = [
+        [f"`{imputer}`", *(f"{means[imputer, *key]:.3f}" if (imputer, *key) in means.index else "" for key in keys)]
+        for imputer in table["imputer"].unique()
+    ]
+    about = (
+        "Does a candidate meet a constraint on an unknown value? Area under the ROC curve, 0.5 is chance; mean over the seeds."
+    )
+    yield "Guesses of unknown values, by attribute and share of missing values", [about, "", *markdown(header, rows)]
+
+
 def ranker(model: str, imputer: str) -> str:
     """Name of a model with an imputer."""
     return f"`{model}`" if imputer == "none" and model != "rule" else f"`{model}`, `{imputer}`"
@@ -321,6 +338,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "efficiency.csv": efficiency_sections,
     "texts.csv": texts_section,
     "missing.csv": missing_sections,
+    "guesses.csv": guesses_section,
     "transfer.csv": transfer_sections,
     "data.csv": bench_sections,
 }

@@ -213,10 +213,10 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     assert [tuple(each) for each in missing.conditions(own)] == [
         (share, wrong, seed) for seed in (0, 1) for share, wrong in ((0, 0), (0.6, 0), (0, 0.5))
     ]
-    measured = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None)
+    measured, guesses = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None)
     assert len(list((tmp_path / "scores").glob("*.npz"))) == 12 and not list((tmp_path / "scores").glob("*/checkpoint.pt"))
     monkeypatch.setattr(missing, "train", None)
-    again = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None)
+    again = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None).values
     assert all((again[key] == values).all() for key, values in measured.items())
     key = missing.Key(0.6, 0.0, 1, "rule", "none", "cp")
     truth = measured[key._replace(imputer="truth")]
@@ -225,6 +225,16 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     assert (measured[key] != truth).any()
     for name in ("corec", "corec-dropout"):  # with nothing unknown, their probabilities are not used
         assert (measured[key._replace(missing=0.0, imputer=name)] == measured[key._replace(missing=0.0)]).all()
+
+    assert set(guesses["missing"]) == {0.6} and set(guesses["seed"]) == {0, 1} and guesses["auc"].between(0, 1).all()
+    assert set(guesses["imputer"]) == {"most-frequent", "tf-idf", "tf-idf-probability", "words-and-values", *missing.MODELS}
+    request = world.prepared.requests["test", 1][:, 0]
+    candidates = world.prepared.pools["test"].candidates
+    hidden = controls.hide(world.prepared.vocabulary, 0.6, 0).known()
+    for attribute, part in guesses[guesses["seed"] == 0].groupby("attribute"):
+        number = [each.name for each in world.prepared.vocabulary.attributes].index(str(attribute))
+        asked = (request >= 0) & (world.prepared.vocabulary.kind(request) == number)
+        assert set(part["pairs"]) == {int((~hidden[candidates[asked], number]).sum())}
 
     pools = world.prepared.pools["test"]
     users = world.tables.windows.set_index("window").loc[pools.window, "user"].to_numpy()
@@ -240,12 +250,17 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     for name in ("mine", "other"):  # two runs on the same data
         folder = tmp_path / "figures" / f"missing-metadata-{name}"
         folder.mkdir(parents=True)
-        assert [path.name for path in missing_report.keep(table.assign(run=folder.name), folder)] == [
+        assert [path.name for path in missing_report.keep(table.assign(run=folder.name), guesses, folder)] == [
             "missing.csv",
             "missing.png",
+            "guesses.csv",
         ]
         page = (folder / "results.md").read_text()
-        assert "by share of wrong values" in page and "| `rule`, `corec-dropout` |" in page
+        assert (
+            "by share of wrong values" in page
+            and "## Guesses of unknown values" in page
+            and "| `rule`, `corec-dropout` |" in page
+        )
         assert pages.pages_of(folder) == {folder / "results.md": page}
     joined = missing_report.join(tmp_path / "figures")
     assert len(pd.read_csv(joined[0])) == 2 * len(table) and joined[1].exists() and not pages.pages_of(joined[0].parent)

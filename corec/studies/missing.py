@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 
 from corec import CorecError, controls, evaluation, evidence, files, stages
 from corec.conflicts import in_missing
@@ -234,9 +235,46 @@ def rankings(
     return found
 
 
-def measure(
-    tables: Tables, prepared: Prepared, params: Params, folder: Path, embeddings: np.ndarray | None
-) -> dict[Key, np.ndarray]:
+def quality(
+    case: Case, prepared: Prepared, values_of: Mapping[str, np.ndarray], scores: Mapping[str, Scores], params: Params
+) -> pd.DataFrame:
+    """Area under the ROC curve of the guesses whether a candidate meets a constraint on an unknown value.
+
+    The pairs are those of the candidates and of the requests of one constraint, where the value is unknown. 0.5 is chance.
+
+    Parameters
+    ----------
+    case, prepared, values_of, scores, params
+        As for :func:`rankings`.
+
+    Returns
+    -------
+    Columns ``missing wrong seed attribute imputer auc pairs``; attributes without unknown pairs of both kinds are omitted.
+    """
+    pools, place = prepared.pools["test"], params.controls.n_tokens.index(1)
+    request = prepared.requests["test", 1]
+    kinds = prepared.vocabulary.kind(request)
+    met = controls.matches(pools.candidates, request, prepared.vocabulary.values_of)[..., 0]
+    unknown = ~np.take_along_axis(case.known.known()[pools.candidates], kinds[:, None], axis=2)[..., 0] & (request >= 0)
+    guesses = {name: part[pools.candidates, request] for name, part in values_of.items() if name != "none"}
+    guesses |= {name: part.control[:, place] for name, part in scores.items()}
+    rows = []
+    for number, attribute in enumerate(prepared.vocabulary.attributes):
+        pairs = unknown & (kinds == number)
+        if 0 < met[pairs].sum() < pairs.sum():
+            found = ((name, roc_auc_score(met[pairs], part[pairs])) for name, part in guesses.items())
+            rows += [(*case.condition, attribute.name, name, area, pairs.sum()) for name, area in found]
+    return pd.DataFrame(rows, columns="missing wrong seed attribute imputer auc pairs".split())
+
+
+class Measured(NamedTuple):
+    """Result of :func:`measure`."""
+
+    values: dict[Key, np.ndarray]  # [windows]
+    guesses: pd.DataFrame  # of :func:`quality`
+
+
+def measure(tables: Tables, prepared: Prepared, params: Params, folder: Path, embeddings: np.ndarray | None) -> Measured:
     """Train and rank under all :func:`conditions`; CP@k (all constraints met) and NDCG@k of every window, mean over the seeds.
 
     Parameters
@@ -259,17 +297,19 @@ def measure(
         raise CorecError(fault[0].upper() + fault[1:])
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[Key, list[np.ndarray]] = {}
+    guesses = []
     titles, cut = tables.items["title"].tolist(), params.figures.k
     for case in cases(tables, prepared, params):
         scores = {model: scores_of(model, case, tables, prepared, params, folder) for model in MODELS}
         values_of = values_by_imputer(case, titles, embeddings, params)
+        guesses.append(quality(case, prepared, values_of, scores, params))
         for n, orders in rankings(case, prepared, values_of, scores, params).items():
             judged = evaluation.judge(prepared.pools["test"], prepared.requests["test", n], prepared.vocabulary.values_of)
             for (model, imputer), order in orders.items():
                 values = evaluation.by_window(order, judged, [cut])
                 for metric, key in evaluation.control_and_relevance(cut, n).items():
                     found.setdefault(Key(*case.condition[:2], n, model, imputer, metric), []).append(values[key].astype(float))
-    return {key: np.mean(values, axis=0) for key, values in found.items()}
+    return Measured({key: np.mean(values, axis=0) for key, values in found.items()}, pd.concat(guesses, ignore_index=True))
 
 
 def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.ndarray, params: Params) -> pd.DataFrame:
@@ -281,7 +321,7 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
     Parameters
     ----------
     measured
-        Result of :func:`measure`.
+        Values of :func:`measure`.
     prepared
         Result of stage 03.
     users

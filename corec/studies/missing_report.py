@@ -102,10 +102,12 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
     return pd.DataFrame(found, columns="run attribute n_tokens from difference low high best".split())
 
 
-def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the table of a run, its plot and the results page; returns the files."""
+def keep(table: pd.DataFrame, guesses: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the table of a run, its plot, the table of the guesses (`guesses.csv`) and the results page; returns the files."""
+    path = folder / "guesses.csv"
+    files.write_text(path, guesses.to_csv(index=False, float_format="%.5g"))
     with sns.axes_style("whitegrid"):
-        return keep_study(table, draw(table), folder / "missing", "%.5g")
+        return [*keep_study(table, draw(table), folder / "missing", "%.5g"), path]
 
 
 def join(figures: Path) -> list[Path]:
