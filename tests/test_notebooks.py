@@ -61,7 +61,7 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
     pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
     expected = (
         "ablations.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png frontier.png "
-        "loss_curves.png missing.png orders.png readouts.png seed_curves.png surface.png transfer.png"
+        "loss_curves.png missing.png orders.png readouts.png seed_curves.png surface.png texts.png transfer.png"
     )
     assert pictures == expected.split()
     said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
