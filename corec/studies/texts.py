@@ -126,6 +126,7 @@ def join(figures: Path) -> list[Path]:
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(table)), layout="constrained")
         intervals(axis, table, "over")
+        axis.set_ylim(len(table) - 0.5, -0.5)
         axis.set(xlabel="NDCG@5 of COREC without tokens, minus the combiner")
     written = [figures / "relevance" / name for name in ("relevance.csv", "relevance.png")]
     files.write_text(written[0], table.rename(columns={"ranker": "run"}).to_csv(index=False, float_format="%.5g"))
