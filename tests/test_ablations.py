@@ -270,7 +270,10 @@ def test_a_model_is_rebuilt_from_its_checkpoint(world: World, tmp_path: Path) ->
 
 def test_the_combiner_is_compared_by_the_model_of_the_titles(world: World, tmp_path: Path) -> None:
     own = settings(world, texts=["none", "tf-idf"])
+    own = own.model_copy(update={"data": own.data.model_copy(update={"held_back": 4})})
     own = own.model_copy(update={"evidence": own.evidence.model_copy(update={"combiner": "linear", "folds": 2, "text": "tiny"})})
+    pool = own.controls.model_copy(update={"pool": ["sasrec", "text"]})  # which needs evidence.text, also for `none`
+    own = own.model_copy(update={"controls": pool})
     prepared = world.prepared
     rng = np.random.default_rng(0)
     for split in ("train", "valid"):  # the combiner needs windows whose true next item is there

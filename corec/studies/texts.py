@@ -14,6 +14,8 @@ from corec import evaluation, evidence, files
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import order_by
+from corec.evidence import Similarities
+from corec.evidence.text import title_embeddings
 from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.studies import keep_study
@@ -22,22 +24,22 @@ NONE = "none"
 RUNS = ("ml-100k", "ml-1m", "complete-journey", "amazon-office-products")  # of :func:`join`
 
 
-def rankings(tables: Tables, prepared: Prepared, params: Params, text: str) -> dict[str, np.ndarray]:
+def rankings(tables: Tables, prepared: Prepared, similar: Similarities, params: Params, text: str) -> dict[str, np.ndarray]:
     """Rankings [windows, K] of the test windows, by the combiner and by the similarity of the titles, by name.
 
     Parameters
     ----------
     tables, prepared
         Results of stages 01 and 03.
+    similar
+        Similarities of the items.
     params
         Settings of the run.
     text
         Model of the titles (see :func:`corec.evidence.text.title_embeddings`); ``none`` for a combiner without text.
     """
-    settings = params.evidence.model_copy(update={"text": None if text == NONE else text})
-    own = params.model_copy(update={"evidence": settings})
-    similar = evidence.similarities_of(tables, prepared.vocabulary, own)
-    found, combined = evidence.make(tables, prepared, similar, own)
+    vectors = None if text == NONE else title_embeddings(tables.items["title"].tolist(), text)
+    found, combined = evidence.make(tables, prepared, similar._replace(text=vectors), params)
     orders = {f"combiner, {text}": order_by(combined.priors["test"])}
     if text != NONE:
         orders[f"text alone, {text}"] = order_by(found["test"].values[..., found["test"].names.index("text_recent")])
@@ -69,8 +71,9 @@ def measure(tables: Tables, prepared: Prepared, users: np.ndarray, params: Param
     pools, cut = prepared.pools["test"], params.figures.k
     orders = {"sasrec": evaluation.retriever_order(pools)}
     base = f"combiner, {params.evidence.text or NONE}"
+    similar = evidence.similarity_tables(tables, prepared.vocabulary, params.evidence)
     for text in dict.fromkeys([params.evidence.text or NONE, *params.study.texts]):
-        orders |= rankings(tables, prepared, params, text)
+        orders |= rankings(tables, prepared, similar, params, text)
     orders |= {name: order_by(scores) for name, scores in others.items()}
     judged = evaluation.judge(pools, np.empty((len(users), 0), dtype=int), prepared.vocabulary.values_of)
     columns = [evaluation.by_window(order, judged, [cut])["ndcg", cut, 0] for order in orders.values()]
