@@ -106,7 +106,7 @@ def texts_section(folder: Path) -> Iterator[Section]:
         f"{first['dataset']}, K = {first['K']}, {first['n_users']} test users; {first['recall']:.1%} of the true next items are "
         "among the candidates. Differences are paired, with intervals over users; the combiner of the run is the first one."
     )
-    header = ["", f"NDCG@{first['k']}", "minus SASRec's order", "minus the combiner of the run"]
+    header = ["", f"NDCG@{first['k']}", "minus the order of the candidates", "minus the combiner of the run"]
     rows = [
         [
             f"`{row.ranker}`",

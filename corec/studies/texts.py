@@ -47,9 +47,10 @@ def rankings(tables: Tables, prepared: Prepared, similar: Similarities, params: 
 
 
 def measure(tables: Tables, prepared: Prepared, users: np.ndarray, params: Params, others: dict[str, np.ndarray]) -> pd.DataFrame:
-    """NDCG@k without tokens on the test windows, for every text of `study.texts`, with differences from SASRec's order.
+    """NDCG@k without tokens on the test windows, for every text of `study.texts`.
 
-    The candidates are those of stage 03. The evidence and the combiner are made anew for each text.
+    The candidates are those of stage 03. Their order, ``sasrec``, is that of SASRec, or of the combiner that has merged several
+    sources (`controls.pool`). The evidence and the combiner are made anew for each text.
 
     Parameters
     ----------
@@ -65,8 +66,8 @@ def measure(tables: Tables, prepared: Prepared, users: np.ndarray, params: Param
     Returns
     -------
     Columns ``ranker value low high ahead ahead_low ahead_high over over_low over_high k n_users K recall dataset``. ``ahead`` is
-    the paired difference from SASRec, ``over`` that from the combiner of the run (`evidence.text`); ``recall`` is the share of
-    the windows whose true next item is among the candidates.
+    the paired difference from ``sasrec``, ``over`` that from the combiner of the run (`evidence.text`); ``recall`` is the share
+    of the windows whose true next item is among the candidates.
     """
     pools, cut = prepared.pools["test"], params.figures.k
     orders = {"sasrec": evaluation.retriever_order(pools)}
@@ -93,10 +94,12 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Plot the differences in NDCG@k from SASRec's order, with intervals."""
+    """Plot the differences in NDCG@k from the order of the candidates, with intervals."""
     figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(table)), layout="constrained")
     intervals(axis, table.iloc[1:], "ahead")
-    axis.set(title=f"{table['dataset'].iloc[0]}, no tokens", xlabel=f"NDCG@{table['k'].iloc[0]} minus SASRec's order")
+    axis.set(
+        title=f"{table['dataset'].iloc[0]}, no tokens", xlabel=f"NDCG@{table['k'].iloc[0]} minus the order of the candidates"
+    )
     return figure
 
 
