@@ -130,7 +130,7 @@ def join(figures: Path) -> list[Path]:
             rows += [(run, *row) for row in found[["over", "over_low", "over_high", "n_users"]].itertuples(index=False)]
     table = pd.DataFrame(rows, columns=["ranker", "over", "over_low", "over_high", "n_users"])
     with sns.axes_style("whitegrid"):
-        figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.35 * len(table)), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7.6, 0.9 + 0.35 * len(table)), layout="constrained")
         intervals(axis, table, "over")
         axis.set_ylim(len(table) - 0.5, -0.5)
         axis.set(xlabel="NDCG@5 of COREC without tokens, minus the combiner")
