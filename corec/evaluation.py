@@ -298,12 +298,12 @@ def pick(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return table[keep]
 
 
-def error_bars(rows: pd.DataFrame) -> list[pd.Series]:
-    """Lengths of the error bars below and above each value, in the format of matplotlib.
+def error_bars(rows: pd.DataFrame, name: str = "value", ends: tuple[str, str] = ("low", "high")) -> list[pd.Series]:
+    """Lengths of the error bars below and above each value of the column `name`, in the format of matplotlib.
 
     Negative lengths are set to 0: the percentile interval of a very skewed sample may exclude its mean.
     """
-    return [(rows["value"] - rows["low"]).clip(lower=0), (rows["high"] - rows["value"]).clip(lower=0)]
+    return [(rows[name] - rows[ends[0]]).clip(lower=0), (rows[ends[1]] - rows[name]).clip(lower=0)]
 
 
 def load(run: str) -> pd.DataFrame:

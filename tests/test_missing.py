@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from test_prior import params as with_prior
+from test_prior import world_with_priors
 from test_reranker import World
 
 from corec import CorecError, conflicts, controls, pages, reranker
@@ -123,11 +124,7 @@ def test_the_tagger_guesses_short_lists_only(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def world(atomic: Path) -> World:
-    world = World(atomic)
-    rng = np.random.default_rng(0)
-    priors = {split: rng.normal(size=pools.candidates.shape).astype(np.float32) for split, pools in world.prepared.pools.items()}
-    world.examples = reranker.load_examples(world.tables.windows, world.prepared, priors)
-    return world
+    return world_with_priors(atomic)
 
 
 def test_attribute_dropout_hides_values_from_whole_prompts_and_from_no_target(world: World) -> None:

@@ -16,13 +16,18 @@ from corec.reranker.training import loss_of
 WITH_PRIOR = {"control": "constraints", "prior": True, "loss": "listwise"}
 
 
-@pytest.fixture
-def world(atomic: Path) -> World:
+def world_with_priors(atomic: Path) -> World:
+    """The small data set, with random scores of a combiner."""
     world = World(atomic)
     rng = np.random.default_rng(0)
     priors = {split: rng.normal(size=pools.candidates.shape).astype(np.float32) for split, pools in world.prepared.pools.items()}
     world.examples = reranker.load_examples(world.tables.windows, world.prepared, priors)
     return world
+
+
+@pytest.fixture
+def world(atomic: Path) -> World:
+    return world_with_priors(atomic)
 
 
 def params(world: World, **changes: Any) -> Params:

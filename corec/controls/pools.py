@@ -49,10 +49,10 @@ class Vocabulary:
         """Number of the attribute of each value (any shape); -1 for -1."""
         return np.where(values >= 0, self.attribute_of[values], -1)
 
-    def known(self) -> np.ndarray:
-        """Whether each item has any value of each attribute [items + 1, attributes]."""
-        kinds = self.kind(self.values_of)
-        return np.stack([(kinds == number).any(axis=1) for number in range(len(self.attributes))], axis=1)
+    def known(self, items: np.ndarray | None = None) -> np.ndarray:
+        """Whether `items` (any shape; None: all items and the padding) have any value of each attribute [..., attributes]."""
+        kinds = self.kind(self.values_of if items is None else self.values_of[items])
+        return np.stack([(kinds == number).any(axis=-1) for number in range(len(self.attributes))], axis=-1)
 
     def frequency(self) -> np.ndarray:
         """Number of items that have each value [values]."""
@@ -199,7 +199,6 @@ def draw_requests(pools: Pools, n: int, protocol: str, vocabulary: Vocabulary, r
     n_windows, k = pools.candidates.shape
     if n == 0:
         return np.empty((n_windows, 0), dtype=int)
-    known = vocabulary.known()
     keys = rng.random((n_windows, len(vocabulary.attributes)))
     rows = np.arange(n_windows)
     if protocol == "catalogue":
@@ -214,11 +213,11 @@ def draw_requests(pools: Pools, n: int, protocol: str, vocabulary: Vocabulary, r
         drawn = np.take_along_axis(pools.candidates, rng.integers(0, k, (n_windows, n)), axis=1)
         truth = pools.candidates[rows, pools.truth][:, None]
         return _value_of(np.where(pools.truth[:, None] >= 0, truth, drawn), attributes, vocabulary, rng)
-    n_known = known[pools.candidates].sum(axis=2)  # known attributes of each candidate
+    n_known = vocabulary.known(pools.candidates).sum(axis=2)  # known attributes of each candidate
     eligible = ~pools.is_truth()
     enough = eligible & (n_known >= np.minimum(n, (n_known * eligible).max(axis=1, keepdims=True)))
     item = pools.candidates[rows, _draw(enough.astype(float), rng)]
-    attributes = (keys + ~known[item]).argsort(axis=1)[:, :n]  # attributes that the item has come first
+    attributes = (keys + ~vocabulary.known(item)).argsort(axis=1)[:, :n]  # attributes that the item has come first
     return _value_of(item[:, None], attributes, vocabulary, rng)
 
 

@@ -1,5 +1,6 @@
 """Embeddings of titles: by their words, by an encoder of sentences, or from the hidden states of a language model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int
     Embeddings [items + 1, width]; row 0 (padding) is zero.
     """
     if model == "tf-idf":
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
+        words = weighted_words(titles)
         found = TruncatedSVD(min(TOPICS, min(words.shape) - 1), random_state=0).fit_transform(words)
     elif model == "minilm":
         found = mean_states(*backbones.sentence_encoder(), titles, length, batch, last=True)
@@ -45,6 +46,11 @@ def title_embeddings(titles: list[str], model: str, length: int = 24, batch: int
         found = PCA(min(WIDTH, len(means) - 1, means.shape[1]), whiten=True, random_state=0).fit_transform(means)
     found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
     return np.concatenate([np.zeros((1, found.shape[1])), found]).astype(np.float32)
+
+
+def weighted_words(titles: Sequence[str]) -> Any:
+    """TF-IDF of the words and pairs of words of each title, sparse [titles, words]; at least one title needs a word."""
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
 
 
 @torch.inference_mode()

@@ -101,7 +101,7 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
         truth.astype(np.float32),
         (rng.random(shape) ** 2 if settings.loss == "listwise" else np.ones(shape)).astype(np.float32),
     )
-    known = prepared.vocabulary.known()[pools.candidates]  # [windows, K, attributes]
+    known = prepared.vocabulary.known(pools.candidates)  # [windows, K, attributes]
     rows = np.arange(len(pools.window))[:, None]
     for place, (request, each) in enumerate(zip(requests, met, strict=True)):
         targets.met[:, place, : request.shape[1]] = each.transpose(0, 2, 1)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from corec import CorecError, evaluation, files, frontier, rankers, stages
 from corec.controls import Prepared
 from corec.data import Tables
-from corec.evaluation import order_by
+from corec.evaluation import error_bars, order_by
 from corec.evidence.features import latest_items
 from corec.evidence.text import title_embeddings
 from corec.intervals import by_user, with_differences
@@ -258,7 +258,7 @@ def draw(table: pd.DataFrame) -> Figure:
         colors = sns.color_palette("colorblind") if lengths != [0] else ["0.3"]
         for shift, (n, color) in enumerate(zip(lengths, colors, strict=False)):
             part = rows[rows["n_tokens"] == n].set_index("variant").reindex(names)
-            errors = [(part["ahead"] - part["ahead_low"]).clip(lower=0), (part["ahead_high"] - part["ahead"]).clip(lower=0)]
+            errors = error_bars(part, "ahead", ("ahead_low", "ahead_high"))
             places = np.arange(len(names)) + 0.18 * (shift - (len(lengths) - 1) / 2)
             look = {"fmt": "o", "markersize": 3, "color": color, "label": f"{n} token{'s' if n != 1 else ''}"}
             axis.errorbar(part["ahead"], places, xerr=errors, **look)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 
 from corec.controls import Vocabulary
 from corec.data import tagger
+from corec.evidence.text import weighted_words
 
 TAGS = 30  # largest number of values of an attribute that the tagger chooses from
 
@@ -92,7 +92,7 @@ def by_words(
     guesses = np.zeros_like(labels)
     if not any(re.search(r"\w", title) for title in titles):
         return guesses
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+").fit_transform(titles)
+    words = weighted_words(titles)
     for number in range(len(vocabulary.attributes)):
         own = vocabulary.attribute_of == number
         values, rows = np.flatnonzero(own), np.flatnonzero(known[:, number])

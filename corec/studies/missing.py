@@ -208,7 +208,7 @@ def rankings(
     pools, lengths, logits = prepared.pools["test"], params.controls.n_tokens, params.reranker.control_logits
     prior = case.priors.get("test", standardise(pools.retriever_score))
     combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
-    told = case.known.known()[pools.candidates]  # [windows, K, attributes]
+    told = case.known.known(pools.candidates)  # [windows, K, attributes]
     rows, single, found = np.arange(len(pools.window))[:, None], len(lengths), {}
     for place, n in enumerate(lengths):
         request = prepared.requests["test", n]
@@ -255,7 +255,7 @@ def quality(
     request = prepared.requests["test", 1]
     kinds = prepared.vocabulary.kind(request)
     met = controls.matches(pools.candidates, request, prepared.vocabulary.values_of)[..., 0]
-    unknown = ~np.take_along_axis(case.known.known()[pools.candidates], kinds[:, None], axis=2)[..., 0] & (request >= 0)
+    unknown = ~np.take_along_axis(case.known.known(pools.candidates), kinds[:, None], axis=2)[..., 0] & (request >= 0)
     guesses = {name: part[pools.candidates, request] for name, part in values_of.items() if name != "none"}
     guesses |= {name: part.control[:, place] for name, part in scores.items()}
     rows = []

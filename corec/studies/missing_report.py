@@ -70,8 +70,8 @@ def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str 
     for (label, rows), color in zip(parts, sns.color_palette("colorblind"), strict=False):
         if len(rows):
             rows = rows.sort_values(x)
-            shown = rows.assign(value=rows[y], **({"low": rows[f"{y}_low"], "high": rows[f"{y}_high"]} if y == "ahead" else {}))
-            axis.errorbar(shown[x], shown["value"], yerr=error_bars(shown), fmt="o-", markersize=3, color=color, label=label)
+            errors = error_bars(rows, y, ("ahead_low", "ahead_high") if y == "ahead" else ("low", "high"))
+            axis.errorbar(rows[x], rows[y], yerr=errors, fmt="o-", markersize=3, color=color, label=label)
     axis.legend(fontsize="small", frameon=False)
 
 

@@ -1,6 +1,5 @@
 """The combiner with titles embedded by different models: what text adds to relevance without a language model that re-ranks."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from corec import evaluation, evidence, files
 from corec.controls import Prepared
 from corec.data import Tables
-from corec.evaluation import order_by
+from corec.evaluation import error_bars, order_by
 from corec.evidence import Similarities
 from corec.evidence.text import title_embeddings
 from corec.intervals import by_user, with_differences
@@ -143,10 +142,7 @@ def join(figures: Path) -> list[Path]:
 
 def intervals(axis: Axes, table: pd.DataFrame, name: str) -> None:
     """Draw the differences `name` of the rankers of `table` with their intervals, the first on top."""
-    errors: Sequence[pd.Series] = [
-        (table[name] - table[f"{name}_low"]).clip(lower=0),
-        (table[f"{name}_high"] - table[name]).clip(lower=0),
-    ]
+    errors = error_bars(table, name, (f"{name}_low", f"{name}_high"))
     axis.errorbar(table[name], range(len(table)), xerr=errors, fmt="o", markersize=4, color="tab:green")
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.set(yticks=range(len(table)), yticklabels=list(table["ranker"]))
