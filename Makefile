@@ -1,12 +1,21 @@
 # Two commands: `make reproduce` runs all notebooks, `make test` checks everything.
 PYTHON ?= python3
 PARAMS ?= params/ml-100k.yaml
+GRID ?= params/grid/ml-100k.yaml
 BIN := .venv/bin
 
-.PHONY: reproduce test env lint strip clean
+.PHONY: reproduce figures grid test env lint strip clean
 
 reproduce: env
-	$(BIN)/python -m corec.reproduce $(PARAMS)
+	$(BIN)/corec run $(PARAMS)
+
+# Make the figures of a run; what they depend on is run if it is missing or outdated.
+figures: env
+	$(BIN)/corec run $(PARAMS) --only figures
+
+# Make all runs of a grid and one table of them.
+grid: env
+	$(BIN)/corec grid $(GRID)
 
 test: env lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
@@ -34,4 +43,4 @@ strip: env
 	$(BIN)/nbstripout --keep-count notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs .cache
+	rm -rf .venv runs .cache .snakemake

@@ -1,28 +1,93 @@
-"""``corec verify RUN``: compare the files of a run with the digests that its stages recorded."""
+"""The command ``corec``: ``run`` and ``grid`` make runs, ``compare`` compares two, ``verify`` and ``gc`` look after files."""
 
 import argparse
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from corec import CorecError, stages
+from corec import CorecError, compare, grid, stages, store, workflow
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 if no file has changed."""
-    parser = argparse.ArgumentParser(prog="corec", description="Look after the files of runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    whole = argparse.ArgumentParser(prog="corec", description="Make runs and look after their files.")
+    commands = whole.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run the missing and outdated stages of runs")
+    run.add_argument("params", type=Path, nargs="+", help="parameter files, e.g. params/ml-100k.yaml")
+    run.add_argument(
+        "--only", nargs="+", choices=list(stages.NOTEBOOKS), help="make these stages instead of those that the file names"
+    )
+    run.add_argument("--force", action="store_true", help="run the stages again even if they are up to date")
+    run.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
+    many = commands.add_parser("grid", help="make the runs of a grid, and one table of them")
+    many.add_argument("grid", type=Path, help="grid file, e.g. params/grid/tiny.yaml")
+    many.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
+    both = commands.add_parser("compare", help="compare two runs", add_help=False)
+    both.add_argument("folders", nargs=argparse.REMAINDER)
     verify = commands.add_parser("verify", help="compare the files of a run with the digests in its stage records")
     verify.add_argument("run", help="name of the run: a folder in runs/")
-    given = parser.parse_args(arguments)
-    try:
-        faults = stages.verify(given.run)
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
+    collect = commands.add_parser("gc", help="remove the stages that no run uses")
+    collect.add_argument("--dry-run", action="store_true", help="list them only")
+    return whole
+
+
+def run(given: argparse.Namespace) -> int:
+    """``corec run``."""
+    started = time.monotonic()
+    said = workflow.run([workflow.Target(str(path), {}, given.only) for path in given.params], given.profile, given.force)
+    print(f"all done in {(time.monotonic() - started) / 60:.1f} min: {said}", flush=True)
+    return 0
+
+
+def many(given: argparse.Namespace) -> int:
+    """``corec grid``."""
+    started = time.monotonic()
+    said = workflow.run(grid.targets(given.grid), given.profile, grid=given.grid)
+    minutes = (time.monotonic() - started) / 60
+    print(f"all done in {minutes:.1f} min: {said} -> {grid.folder(given.grid)}", flush=True)
+    return 0
+
+
+def verify(given: argparse.Namespace) -> int:
+    """``corec verify``."""
+    faults = stages.verify(given.run)
     for fault in faults:
         print(f"corec: {fault}.", file=sys.stderr)
     if not faults:
         print(f"run {given.run!r}: all files are as their stages wrote them")
     return 1 if faults else 0
+
+
+def collect(given: argparse.Namespace) -> int:
+    """``corec gc``."""
+    folders = store.unused()
+    for folder in folders:
+        print(folder)
+    if given.dry_run:
+        print(f"{len(folders)} stages that no run uses")
+    else:
+        print(f"removed {len(folders)} stages that no run uses, {store.remove(folders) / 1e6:.1f} MB")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    given = parser().parse_args(arguments)
+    workflow.take_interrupts()
+    try:
+        if given.command == "compare":
+            return compare.main(given.folders)
+        return {"run": run, "grid": many, "verify": verify, "gc": collect}[given.command](given)
+    except CorecError as error:
+        print(f"corec: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "corec: interrupted; the same command goes on from the last checkpoint of the stage that was running.",
+            file=sys.stderr,
+        )
+        return 130
 
 
 if __name__ == "__main__":

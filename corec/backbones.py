@@ -1,6 +1,5 @@
 """Causal language models by name (SmolLM2-135M, a tiny random model, or any of Hugging Face), and an encoder of sentences."""
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,9 @@ def smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 def save_whole(folder: Path, *parts: Any) -> None:
     """Save several parts with ``save_pretrained`` to one folder, which is created only once all are written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        part = Path(scratch) / "part"
+    with files.aside(folder) as part:
         for piece in parts:
             piece.save_pretrained(part)
-        part.rename(folder)
 
 
 def smollm2_folder() -> Path:

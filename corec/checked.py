@@ -49,6 +49,8 @@ def first_fault(model: type[BaseModel], error: ValidationError) -> str:
         return str(fault["ctx"]["error"])
     *stage, name = (str(part) for part in fault["loc"])
     full = ".".join([*stage, name])
+    if fault["type"] == "missing":
+        return f"parameter {full!r} is missing: add it."
     if fault["type"] == "extra_forbidden":
         field: Any = model
         for part in stage:

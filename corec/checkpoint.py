@@ -1,11 +1,21 @@
 """Checkpoints of a training: written atomically, and loaded only for the same data and parameters."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corec import CorecError
+from corec import CorecError, files
+
+
+def intact(path: Path) -> bool:
+    """Whether a file of ``torch.save``, a zip archive, is whole: the checksums of all its parts agree."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return False
 
 
 class Checkpoint:
@@ -36,6 +46,9 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return None
+        if not intact(self.path):
+            say(f"{self.path.name} is damaged: training starts from the beginning", flush=True)
+            return None
         saved: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         if saved.pop("identity", None) == self.identity:
             return saved
@@ -46,11 +59,9 @@ class Checkpoint:
         """Replace the file by one with `state` (tensors, numbers, text, and lists and mappings of these)."""
         if self.path is None:
             return
-        part = self.path.with_suffix(".part")
         try:
-            torch.save({"identity": self.identity, **state}, part)
-            part.replace(self.path)
-        except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
+            with files.aside(self.path) as part:
+                torch.save({"identity": self.identity, **state}, part)
+        except RuntimeError as error:
             reason = f"{self.path} could not be written ({str(error).splitlines()[0]})"
             raise CorecError(f"{reason}: free disk space, or make the folder writable.") from None

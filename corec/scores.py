@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from pyarrow import parquet
 
-from corec import controls, paths, stages
+from corec import controls, files, paths, stages
 from corec.controls import Pools, Prepared, standardise
 
 
@@ -58,7 +58,7 @@ def save(scores: Mapping[tuple[str, str, int, str], Scores], prepared: Prepared,
         for r, n in enumerate(lengths)
     ]
     path = folder / "scores.parquet"
-    pd.concat(parts, ignore_index=True).to_parquet(path, index=False)
+    files.write_parquet(path, pd.concat(parts, ignore_index=True))
     return path
 
 

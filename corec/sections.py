@@ -119,6 +119,42 @@ def texts_section(folder: Path) -> Iterator[Section]:
     yield "Titles in the combiner", [about, "", *markdown(header, rows)]
 
 
+def comparison_section(folder: Path) -> Iterator[Section]:
+    """Two runs side by side (:mod:`corec.compare`)."""
+    table = pd.read_csv(folder / "comparison.csv")
+    first = table.iloc[0]
+    kind = "the differences are paired by user" if first["paired"] else "the users differ, so the resamples are independent"
+    about = f"Runs `{first['run_a']}` ({first['users_a']} users) and `{first['run_b']}` ({first['users_b']} users); {kind}."
+    for metric, rows in table.groupby("metric", sort=True):
+        found = [
+            [
+                f"`{row.model}`",
+                str(row.n_tokens),
+                f"{row.a:.3f}",
+                f"{row.b:.3f}",
+                f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})",
+            ]
+            for row in rows.itertuples()
+        ]
+        header = ["", "tokens", f"`{first['run_a']}`", f"`{first['run_b']}`", "difference"]
+        yield f"{str(metric).upper()}@{first['k']}", [about, "", *markdown(header, found)]
+
+
+def grid_section(folder: Path) -> Iterator[Section]:
+    """Means over the seeds of a grid (:mod:`corec.grid`)."""
+    table = pd.read_csv(folder / "grid.csv", keep_default_na=False, na_values={"sd": [""]})
+    for metric, rows in table.groupby("metric", sort=True):
+        spread = rows["sd"].map("± {:.3f}".format).where(rows["seeds"] > 1, "")
+        texts = rows["value"].map("{:.3f} ".format) + spread
+        keys = ["base", "variant", "protocol", "model"]
+        wide = rows.assign(text=texts.str.strip()).pivot_table("text", keys, "n_tokens", aggfunc="first", sort=False)
+        header = ["run", "variant", "protocol", "", *(f"{n} token{'s' if int(str(n)) != 1 else ''}" for n in wide.columns)]
+        body = [[*key[:3], f"`{key[3]}`", *row] for key, row in zip(wide.index.tolist(), wide.fillna("").to_numpy(), strict=True)]
+        seeds = sorted(set(rows["seeds"]))
+        about = f"Mean and standard deviation over the seeds ({', '.join(map(str, seeds))} for each setting)."
+        yield f"{str(metric).upper()}@{rows['k'].iloc[0]}", [about, "", *markdown(header, body)]
+
+
 def missing_sections(folder: Path) -> Iterator[Section]:
     """CP when metadata is missing or wrong (:mod:`corec.studies.missing`)."""
     table = pd.read_csv(folder / "missing.csv")
@@ -337,6 +373,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "surface.csv": surface_section,
     "efficiency.csv": efficiency_sections,
     "texts.csv": texts_section,
+    "comparison.csv": comparison_section,
+    "grid.csv": grid_section,
     "missing.csv": missing_sections,
     "guesses.csv": guesses_section,
     "transfer.csv": transfer_sections,

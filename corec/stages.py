@@ -2,8 +2,12 @@
 
 A stage writes to ``runs/<run>/<stage>/``. Its ``stage.json`` is written last, so a stage without one has not finished. The
 record lists parameters, inputs and outputs, so that missing, changed and outdated stages are detected.
+
+Runs share stages. The folder of a stage that does not depend on the name of the run is ``runs/.store/<stage>-<key>``, where
+the key is a digest of the parameters of the stage and of all before it; ``runs/<run>/<stage>`` is a link to it.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -53,17 +57,61 @@ SECTIONS = {
     "missing_metadata": ("reranker", "study"),
     "transfer": ("reranker", "study"),
 }
+# Stages that write into figures/<run>/. Their folders belong to one run.
+OF_ONE_RUN = ("figures", "retriever_study", "prompt_study", "efficiency", "missing_metadata", "transfer")
 PACKAGES = (
     "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "
     "seaborn tokenizers torch transformers"
 ).split()
 
 
-def section(settings: Params, stage: str) -> dict[str, Any]:
-    """Parameters that the result of a stage depends on directly (not through earlier stages)."""
-    names = SECTIONS.get(stage, (stage,))
-    values = {name: getattr(settings, name).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(name)) for name in names}
+def section(settings: Params, stage: str, defaults: bool = True) -> dict[str, Any]:
+    """Parameters that the result of a stage depends on directly (not through earlier stages), with or without `defaults`."""
+    values = {
+        name: getattr(settings, name).model_dump(mode="json", exclude=WITHOUT_EFFECT.get(name), exclude_defaults=not defaults)
+        for name in SECTIONS.get(stage, (stage,))
+    }
     return values if stage in ("data", "figures") else values | {"seed": settings.seed}
+
+
+def key(settings: Params, stage: str) -> str:
+    """Digest of the parameters of a stage and of all before it, known before the stage runs.
+
+    Parameters with their defaults do not count, so keys stay the same if a later version adds parameters.
+    """
+    return files.digest([section(settings, stage, defaults=False), [key(settings, need) for need in NEEDS[stage]]])
+
+
+def store_dir(settings: Params, stage: str) -> Path:
+    """Folder that holds the files of a stage: in the store, or that of the run for a stage of :data:`OF_ONE_RUN`."""
+    shared = paths.root() / "runs" / ".store" / f"{stage}-{key(settings, stage)}"
+    return paths.stage_dir(settings.run, stage) if stage in OF_ONE_RUN else shared
+
+
+def attach(settings: Params, stage: str) -> Path:
+    """Create the folder of a stage, and the link to it from the folder of the run; returns the latter.
+
+    A folder of an earlier version in place of the link is moved: into the store if its parameters are the same, or else to
+    ``<stage>.old``.
+    """
+    place, folder = paths.stage_dir(settings.run, stage), store_dir(settings, stage)
+    if place == folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    target = Path("..", folder.parent.name, folder.name)
+    if place.is_symlink() and place.readlink() == target and folder.is_dir():
+        return place
+    if place.is_dir() and not place.is_symlink():
+        before = (read_record(settings.run, stage) or {}).get("params")
+        same = not differences(section(settings, stage), with_defaults(before, section(settings, stage), stage))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place.rename(folder if same and not folder.exists() else place.with_name(f"{stage}.old"))
+    folder.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    link = place.with_name(f".{stage}.{os.getpid()}")
+    link.symlink_to(target)
+    link.replace(place)
+    return place
 
 
 def ancestors(stage: str) -> list[str]:
@@ -74,12 +122,16 @@ def ancestors(stage: str) -> list[str]:
 
 def read_record(run: str, stage: str) -> dict[str, Any] | None:
     """Return the record of a stage, or None if the stage has not finished or its record is of an earlier version or damaged."""
-    path = paths.stage_dir(run, stage) / "stage.json"
+    return record_in(paths.stage_dir(run, stage))
+
+
+def record_in(folder: Path) -> dict[str, Any] | None:
+    """The record in the folder of a stage (see :func:`read_record`)."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        whole = {"identity", "made_from", "params", "outputs"} <= record.keys()
+        record: dict[str, Any] = json.loads((folder / "stage.json").read_text())
+        whole = {"stage", "identity", "made_from", "params", "outputs"} <= record.keys()
         whole = whole and all({"sha256", "bytes", "modified_ns"} <= facts.keys() for facts in record["outputs"].values())
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return None
     return record if whole else None
 
@@ -106,18 +158,18 @@ def require(run: str, stage: str) -> dict[str, Any]:
                 again = f"run notebooks/{NOTEBOOKS[name]}.ipynb again."
                 raise CorecError(f"Stage {name!r} of run {run!r} is older than its input {earlier!r}: {again}")
     for name in chain:
-        for fault in changed_files(run, name, records[name]):
+        for fault in changed_files(paths.stage_dir(run, name), records[name]):
             raise CorecError(f"{fault}: run notebooks/{NOTEBOOKS[name]}.ipynb again.")
     return records[stage]
 
 
-def changed_files(run: str, stage: str, record: dict[str, Any], digests: bool = False) -> Iterator[str]:
-    """Describe the outputs of a stage that are missing or have changed since they were recorded.
+def changed_files(folder: Path, record: dict[str, Any], digests: bool = False) -> Iterator[str]:
+    """Describe the outputs of the stage in `folder` that are missing or have changed since they were recorded.
 
     Size and modification time are compared; digests only if the time differs, or for all files with `digests`.
     """
     for name, facts in record["outputs"].items():
-        path = paths.stage_dir(run, stage) / name
+        path = folder / name
         if not path.exists():
             yield f"{path} is missing"
             continue
@@ -125,7 +177,7 @@ def changed_files(run: str, stage: str, record: dict[str, Any], digests: bool = 
         same_time = status.st_mtime_ns == facts["modified_ns"]
         same_size = status.st_size == facts["bytes"]
         if not same_size or ((digests or not same_time) and files.sha256(path) != facts["sha256"]):
-            yield f"{path} has changed since stage {stage!r} wrote it"
+            yield f"{path} has changed since stage {record['stage']!r} wrote it"
 
 
 def verify(run: str) -> list[str]:
@@ -139,7 +191,8 @@ def verify(run: str) -> list[str]:
     records = {name: record for name in NOTEBOOKS if (record := read_record(run, name)) is not None}
     if not records:
         raise CorecError(f"There is no finished stage of a run {run!r} in {paths.root() / 'runs'}: name one of its folders.")
-    return [fault for name, record in records.items() for fault in changed_files(run, name, record, digests=True)]
+    folders = {name: paths.stage_dir(run, name) for name in records}
+    return [fault for name, record in records.items() for fault in changed_files(folders[name], record, digests=True)]
 
 
 def differences(now: Any, then: Any, name: str = "") -> list[str]:
@@ -169,8 +222,12 @@ def check(settings: Params, stage: str) -> str:
     CorecError
         If a stage is missing or outdated (see :func:`require`), or was run with other parameters, which are named.
     """
+    chain = [*ancestors(stage), stage]
+    for name in chain:
+        if record_in(store_dir(settings, name)) is not None:
+            attach(settings, name)
     record = require(settings.run, stage)
-    for name in [*ancestors(stage), stage]:
+    for name in chain:
         now, before = section(settings, name), (read_record(settings.run, name) or {}).get("params")
         if changed := differences(now, with_defaults(before, now, name)):
             raise CorecError(
@@ -188,6 +245,7 @@ class Stage:
     name: str
     params: dict[str, Any]
     made_from: dict[str, str]
+    lock: int | None  # file descriptor; see :func:`hold`
     started: float = field(default_factory=time.time)
 
     @property
@@ -217,24 +275,50 @@ class Stage:
             **facts,
         }
         files.write_json(self.folder / "stage.json", record)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
         print(f"{self.name}: {record['seconds']:.0f} s, peak memory {record['peak_memory_mb']} MB -> {self.folder}")
         return record
 
 
-def start(settings: Params, name: str) -> Stage:
-    """Start a stage: check the stages that it needs, and delete its own earlier record.
+def hold(folder: Path) -> int:
+    """Lock the folder of a stage for this process, until the file descriptor returned is closed or the process ends.
+
+    The lock belongs to the process, so a cell that starts a stage can be run again.
 
     Raises
     ------
     CorecError
-        If a needed stage is missing, outdated, or was run with other parameters (see :func:`check`).
+        If another process holds the lock.
     """
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise CorecError(f"Another process is working in {folder}: wait until it has ended, or stop it.") from None
+    return lock
+
+
+def start(settings: Params, name: str) -> Stage:
+    """Start a stage: check the stages that it needs, lock its folder, and delete its own earlier record.
+
+    Raises
+    ------
+    CorecError
+        If a needed stage is missing, outdated, or was run with other parameters (see :func:`check`), or if another process runs
+        the stage.
+    """
+    for need in ancestors(name):
+        if record_in(store_dir(settings, need)) is not None:
+            attach(settings, need)
     if missing := [need for need in ancestors(name) if read_record(settings.run, need) is None]:
         require(settings.run, missing[-1])
     made_from = {need: check(settings, need) for need in NEEDS[name]}
-    stage = Stage(settings.run, name, section(settings, name), made_from)
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    (stage.folder / "stage.json").unlink(missing_ok=True)
+    folder = attach(settings, name)
+    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder))
+    (folder / "stage.json").unlink(missing_ok=True)
     return stage
 
 

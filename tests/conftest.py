@@ -38,6 +38,14 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def project(own_folder: Path) -> Path:
+    """The test's folder with the notebooks and the parameter files."""
+    for name in ("notebooks", "params"):
+        (own_folder / name).symlink_to(Path(__file__).parents[1] / name)
+    return own_folder
+
+
+@pytest.fixture
 def atomic(tmp_path: Path) -> Path:
     """A folder with the made-up data set."""
     return write_atomic(tmp_path / "raw")

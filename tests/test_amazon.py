@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corec import CorecError, data, evaluation, reproduce
+from corec import CorecError, data, evaluation
+from corec.__main__ import main as corec_main
 from corec.data import amazon, fields, salvage, synthetic
 from corec.params import DataParams
 
@@ -328,7 +329,7 @@ def test_real_gift_cards_go_through_all_notebooks(tmp_path: Path, monkeypatch: p
     values["controls"]["max_windows"] = {"train": 300, "valid": 30, "test": 60}
     values["reranker"] |= {"backbone": "tiny", "curriculum_steps": 10, "steps": 10}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    assert reproduce.main([str(tmp_path / "mine.yaml")]) == 0
+    assert corec_main(["run", str(tmp_path / "mine.yaml")]) == 0
     table = evaluation.read(tmp_path / "figures" / "amazon-gift-cards" / "metrics.csv")
     assert set(table["model"]) == {*evaluation.MODELS, "no-token-alone", "corec-alone"} - {
         "text",

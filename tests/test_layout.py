@@ -14,6 +14,7 @@ LAYERS = [
     ["paths"],
     ["files", "machine", "schemes"],
     ["stages", "checkpoint", "download", "profiles"],
+    ["code", "store"],
     ["backbones", "intervals"],
     ["data"],
     ["sasrec"],
@@ -29,7 +30,9 @@ LAYERS = [
     ["pages"],
     ["scale"],
     ["studies"],
-    ["reproduce"],
+    ["compare"],
+    ["workflow"],
+    ["grid"],
     ["bench"],
     ["__main__"],
 ]

@@ -68,14 +68,13 @@ def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path,
     assert "Warning" not in said, "no notebook prints a warning"
 
 
-def test_control_c_prints_no_traceback(atomic: Path, own_folder: Path) -> None:
-    (own_folder / "notebooks").symlink_to(ROOT / "notebooks")
+def test_control_c_prints_no_traceback(atomic: Path, project: Path, own_folder: Path) -> None:
     values = SMALL | {
         "data": {"core": 1, "path": str(atomic)},
         "sasrec": SMALL["sasrec"] | {"epochs": 100_000, "patience": 100_000},
     }  # type: ignore[operator]
     (own_folder / "mine.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "corec.reproduce", str(own_folder / "mine.yaml")]
+    command = [sys.executable, "-m", "corec", "run", str(own_folder / "mine.yaml")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     ) as ran:

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from corec import CorecError, files, params, paths, reproduce, stages
+from corec import CorecError, files, params, paths, stages, workflow
 from corec.__main__ import main as corec_main
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,9 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
         "ruff",
         "ipykernel",
         "ipywidgets",
+        "snakemake",
+        "snakemake-executor-plugin-slurm",
+        "snakemake-executor-plugin-kubernetes",
     }  # run, not imported
     stubs = {name for name in declared if name.startswith("types-") or name.endswith("-stubs")}
     assert declared - used - tools - stubs == set(), "declared and never imported"
@@ -165,12 +168,12 @@ def test_a_parameter_that_a_later_version_added_counts_with_its_default() -> Non
 
 
 def test_a_missing_source_of_a_transfer_is_named_before_the_first_notebook(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("no notebook runs"))
-    assert reproduce.main([str(ROOT / "params" / "transfer-gift-cards.yaml")]) == 1
+    monkeypatch.setattr(workflow, "call", lambda *_: pytest.fail("no notebook runs"))
+    assert corec_main(["run", "params/transfer-gift-cards.yaml"]) == 1
     assert "Run 'complete-journey' has no finished stages" in capsys.readouterr().err
-    assert reproduce.main([str(ROOT / "params" / "ml-100k-ranknet.yaml"), "--only", "missing_metadata"]) == 1
+    assert corec_main(["run", "params/ml-100k-ranknet.yaml", "--only", "missing_metadata"]) == 1
     assert "ml-100k-ranknet.yaml: stage 'missing_metadata' needs the probability" in capsys.readouterr().err
 
 
@@ -243,21 +246,21 @@ def test_an_error_in_jupyter_is_one_sentence() -> None:
     assert shown == ["CorecError: Do this."]
 
 
-def test_control_c_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_c_ends_in_one_sentence(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproduce, "execute", interrupt)
-    assert reproduce.main([str(ROOT / "params" / "tiny.yaml")]) == 130
+    monkeypatch.setattr(workflow, "call", interrupt)
+    assert corec_main(["run", "params/tiny.yaml"]) == 130
     assert (
         capsys.readouterr().err
         == "corec: interrupted; the same command goes on from the last checkpoint of the stage that was running.\n"
     )
 
 
-def test_the_stages_of_a_run_are_a_field_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(reproduce, "execute", lambda notebook, *_: ran.append(notebook))
+def test_the_stages_of_a_run_are_a_field_of_its_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "require", lambda *_: {})  # the source of the transfer
     for name, wanted in (
         ("efficiency", "01 02 03 04 09"),
@@ -267,9 +270,8 @@ def test_the_stages_of_a_run_are_a_field_of_its_file(monkeypatch: pytest.MonkeyP
         ("missing-metadata-ml-100k", "01 02 03 10"),
         ("transfer-gift-cards", "01 02 03 04 11"),
     ):
-        ran.clear()
-        assert reproduce.main([str(ROOT / "params" / f"{name}.yaml")]) == 0
-        assert [notebook[:2] for notebook in ran] == wanted.split()
+        jobs = workflow.plan([workflow.Target(f"params/{name}.yaml")])
+        assert [stages.NOTEBOOKS[job.stage][:2] for job in jobs.values()] == wanted.split()
 
 
 @pytest.mark.parametrize(
@@ -304,20 +306,17 @@ def test_papermill_sets_parameters_by_file_by_name_and_by_yaml(tmp_path: Path, a
     assert found.controls.max_windows.train == 40 and found.controls.max_windows.valid == 7
 
 
-def test_the_command_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_ends_in_one_sentence(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("run: mine\nsasrec: {epoch: 3}\n")
-    assert reproduce.main([str(path)]) == 1
+    assert corec_main(["run", str(path)]) == 1
     assert capsys.readouterr().err.strip().endswith("there is no parameter 'sasrec.epoch': did you mean 'epochs'?")
 
 
-def test_a_notebook_that_stops_ends_in_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    (tmp_path / "mine.yaml").write_text("run: mine\ndata: {source: ml-100m}\n")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert reproduce.main([str(tmp_path / "mine.yaml"), "--only", "data"]) == 1
-    assert "01_data stopped: Parameter data.source: there is no data set 'ml-100m'" in capsys.readouterr().err
-    assert reproduce.main([str(tmp_path / "mine.yaml"), "--only", "sasrec"]) == 1
-    assert "run notebooks/01_data.ipynb" in capsys.readouterr().err
+def test_a_notebook_that_stops_ends_in_one_sentence(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (project / "mine.yaml").write_text("run: mine\ndata: {source: ml-100m}\n")
+    assert corec_main(["run", str(project / "mine.yaml"), "--only", "data"]) == 1
+    found = capfd.readouterr()
+    assert "corec: 01_data stopped: Parameter data.source: there is no data set 'ml-100m'" in found.err
+    assert "Traceback" not in found.err and "Error in rule" not in found.err + found.out
+    assert found.err.splitlines()[-1].startswith("corec: the run stopped: correct the fault named above")

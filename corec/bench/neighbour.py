@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from corec.bench.clock import Timing, process
-from corec.reproduce import SPINS
+from corec.workflow import SPINS
 
 STEP = """
 import statistics, sys, time
@@ -61,7 +61,7 @@ def bench_neighbour(steps: int = 4, settings: dict[str, dict[str, str]] | None =
     steps
         Steps of a measurement, after a first one for warm-up.
     settings
-        Environment variables by name; the first and the last are those without and with the setting of ``corec.reproduce``.
+        Environment variables by name; the first and the last are those without and with the setting of ``corec run``.
     """
     settings, alone, beside = settings or SETTINGS, {}, {}
     for name, variables in settings.items():

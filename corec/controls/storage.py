@@ -1,7 +1,6 @@
 """Result of stage 03 on disk: the vocabulary, and a ``DatasetDict`` of windows, pools, requests and control scores."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +69,21 @@ def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str 
         "n_tokens": lengths,
     }
     files.write_text(folder / "vocabulary.json", json.dumps(described))
-    np.save(folder / "values_of.npy", vocabulary.values_of)
+    with files.aside(folder / "values_of.npy") as part, part.open("wb") as file:
+        np.save(file, vocabulary.values_of)
     others: dict[str, Any] = {f"{name} {n}": request for (name, n), request in prepared.others.items()}
-    np.savez(folder / "other_requests.npz", **others)
-    dataset = to_dataset(prepared, windows)
-    part, target = folder / "dataset.part", folder / "dataset"
-    shutil.rmtree(part, ignore_errors=True)
-    datasets.disable_progress_bars()
-    try:
-        dataset.save_to_disk(part)
-    finally:
-        datasets.enable_progress_bars()
+    with files.aside(folder / "other_requests.npz") as part, part.open("wb") as file:
+        np.savez(file, **others)
+    dataset, target = to_dataset(prepared, windows), folder / "dataset"
     count, k = sum(map(len, dataset.values())), prepared.pools["train"].candidates.shape[1]
     card = CARD.format(windows=count, k=k, lengths=", ".join(map(str, lengths)), protocol=protocol)
-    (part / "README.md").write_text(card)
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    datasets.disable_progress_bars()
+    try:
+        with files.aside(target) as part:
+            dataset.save_to_disk(part)
+            files.write_text(part / "README.md", card)
+    finally:
+        datasets.enable_progress_bars()
     return [
         folder / "vocabulary.json",
         folder / "values_of.npy",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from corec import CorecError, paths, stages
+from corec import CorecError, files, paths, stages
 
 FILES = ("interactions", "items", "reviews", "metadata")  # values of dirt["file"] that are files; other values are fields
 
@@ -76,11 +76,11 @@ def filled(column: pd.Series) -> pd.Series:
 
 def save(tables: Tables, folder: Path) -> list[Path]:
     """Write each table as a parquet file to `folder`; returns the files."""
-    files = []
+    written = []
     for name, table in tables._asdict().items():
-        files.append(folder / f"{name}.parquet")
-        table.to_parquet(files[-1], index=False)
-    return files
+        written.append(folder / f"{name}.parquet")
+        files.write_parquet(written[-1], table)
+    return written
 
 
 def load(run: str) -> Tables:

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from corec import CorecError
+from corec import CorecError, files
 from corec.controls import Pools
 from corec.evidence.features import Evidence
 from corec.params import EvidenceParams
@@ -217,5 +217,5 @@ def save(evidence: Mapping[str, Evidence], pools: Mapping[str, Pools], priors: M
         columns = {name: list(part.values[..., place]) for place, name in enumerate(part.names)}
         parts.append(pd.DataFrame({"split": split, "window": pools[split].window, "prior": list(priors[split]), **columns}))
     path = folder / "evidence.parquet"
-    pd.concat(parts, ignore_index=True).to_parquet(path, index=False)
+    files.write_parquet(path, pd.concat(parts, ignore_index=True))
     return path

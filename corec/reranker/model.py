@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from corec import CorecError, backbones, machine
+from corec import CorecError, backbones, files, machine
 from corec.controls import Vocabulary
 from corec.params import RerankerParams
 from corec.reranker.fused import fuse
@@ -340,10 +340,12 @@ def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
     Paths of the adapter's weights, the head's weights and the curve.
     """
     adapter = folder / "adapter"
-    reranker.model.save_pretrained(adapter, save_embedding_layers=False)
-    reranker.tokenizer.save_pretrained(adapter)
-    save_file(reranker.head.state_dict(), folder / "head.safetensors")
-    curve.to_parquet(folder / "curve.parquet", index=False)
+    with files.aside(adapter) as part:
+        reranker.model.save_pretrained(part, save_embedding_layers=False)
+        reranker.tokenizer.save_pretrained(part)
+    with files.aside(folder / "head.safetensors") as part:
+        save_file(reranker.head.state_dict(), part)
+    files.write_parquet(folder / "curve.parquet", curve)
     return [adapter / "adapter_model.safetensors", folder / "head.safetensors", folder / "curve.parquet"]
 
 

@@ -260,9 +260,10 @@ def train_epoch(
 def save(trained: Trained, table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the weights, the learning curve and the candidates to `folder`, and delete the checkpoints; returns the files."""
     written = [folder / "model.safetensors", folder / "curve.parquet", folder / "candidates.parquet"]
-    save_file(trained.model.state_dict(), written[0])
-    trained.curve.to_parquet(written[1], index=False)
-    table.to_parquet(written[2], index=False)
+    with files.aside(written[0]) as part:
+        save_file(trained.model.state_dict(), part)
+    files.write_parquet(written[1], trained.curve)
+    files.write_parquet(written[2], table)
     for checkpoint in folder.glob("**/checkpoint-*.pt"):
         checkpoint.unlink()
     return written

@@ -35,8 +35,8 @@ def keep_study(table: pd.DataFrame, figure: Figure, path: Path, form: str) -> li
     The CSV file and the PNG file.
     """
     written = [path.with_suffix(".csv"), path.with_suffix(".png")]
-    files.write_text(written[0], table.to_csv(index=False, float_format=form))
-    figure.savefig(written[1], dpi=130)
+    files.write_csv(written[0], table, form)
+    files.write_picture(written[1], figure)
     plt.close(figure)
     pages.write_study(path.parent)
     return written

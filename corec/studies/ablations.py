@@ -141,9 +141,8 @@ def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Pat
             asked = exchanged(requests, len(prepared.vocabulary.labels), params.seed) if name == SHUFFLED else requests
             asked = [requests[params.controls.n_tokens.index(0)]] * len(requests) if name in TOKENLESS else asked
             kept = Variant(score_parts(model, examples, pools, asked, report=name), steps)
-            with path_of[name].with_suffix(".part").open("wb") as file:
+            with files.aside(path_of[name]) as part, part.open("wb") as file:
                 np.savez(file, **kept.scores._asdict(), steps=steps)
-            path_of[name].with_suffix(".part").replace(path_of[name])
         if name != FULL:  # which other variants and the study of K use again
             (folder / name.replace(" ", "-") / "checkpoint.pt").unlink(missing_ok=True)
         found[name] = kept

@@ -177,9 +177,8 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     trained = build(tables.items, case.known, own.reranker, own.seed)
     train(trained, examples, own, training)
     found = score_parts(engine.merge(trained), examples, pools, requests, report=model)
-    with path.with_suffix(".part").open("wb") as file:
+    with files.aside(path) as part, part.open("wb") as file:
         np.savez(file, **found._asdict())
-    path.with_suffix(".part").replace(path)
     (training / "checkpoint.pt").unlink(missing_ok=True)
     return found
 

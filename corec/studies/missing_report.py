@@ -105,7 +105,7 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
 def keep(table: pd.DataFrame, guesses: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of a run, its plot, the table of the guesses (`guesses.csv`) and the results page; returns the files."""
     path = folder / "guesses.csv"
-    files.write_text(path, guesses.to_csv(index=False, float_format="%.5g"))
+    files.write_csv(path, guesses, "%.5g")
     with sns.axes_style("whitegrid"):
         return [*keep_study(table, draw(table), folder / "missing", "%.5g"), path]
 
@@ -127,9 +127,9 @@ def join(figures: Path) -> list[Path]:
         return []
     written = [figures / FOLDER / name for name in ("metrics.csv", "missing.png")]
     joined = pd.concat(tables, ignore_index=True)
-    files.write_text(written[0], joined.to_csv(index=False))
+    files.write_csv(written[0], joined)
     with sns.axes_style("whitegrid"):
         figure = draw(joined)
-    figure.savefig(written[1], dpi=130)
+    files.write_picture(written[1], figure)
     plt.close(figure)
     return written

@@ -92,9 +92,8 @@ def train_order(
     valid = valid_cp(reranker, examples, params) if len(params.study.rates) > 1 else np.nan
     pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
     scores = score(reranker, examples, pools, requests, report=label)
-    with kept.with_suffix(".part").open("wb") as file:
+    with files.aside(kept) as part, part.open("wb") as file:
         np.savez(file, scores=scores, curve=curve.to_numpy(dtype=float), valid=valid)
-    kept.with_suffix(".part").replace(kept)
     return steps
 
 
@@ -202,8 +201,8 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
     """
     written = [folder / "orders.csv", folder / "order_curves.csv", folder / "orders.png"]
     for path, rows in zip(written, (table, curves), strict=False):
-        files.write_text(path, rows.to_csv(index=False, float_format="%.5g"))
-    draw_orders(curves, table).savefig(written[2], dpi=130)
+        files.write_csv(path, rows, "%.5g")
+    files.write_picture(written[2], draw_orders(curves, table))
     plt.close()
     pages.write_study(folder)
     return written

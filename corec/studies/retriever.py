@@ -150,10 +150,10 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
     written = []
     for name, table in made.items():
         written.append(folder / f"{name}.csv")
-        files.write_text(written[-1], table.to_csv(index=False, float_format="%.5g"))
+        files.write_csv(written[-1], table, "%.5g")
         if name.endswith("curves"):
             written.append(folder / f"{name}.png")
-            draw(table, name.removesuffix("_curves")).savefig(written[-1], dpi=130)
+            files.write_picture(written[-1], draw(table, name.removesuffix("_curves")))
             plt.close()
     pages.write_study(folder)
     return written

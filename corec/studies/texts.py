@@ -134,8 +134,8 @@ def join(figures: Path) -> list[Path]:
         axis.set_ylim(len(table) - 0.5, -0.5)
         axis.set(xlabel="NDCG@5 of COREC without tokens, minus the combiner")
     written = [figures / "relevance" / name for name in ("relevance.csv", "relevance.png")]
-    files.write_text(written[0], table.rename(columns={"ranker": "run"}).to_csv(index=False, float_format="%.5g"))
-    figure.savefig(written[1], dpi=130)
+    files.write_csv(written[0], table.rename(columns={"ranker": "run"}), "%.5g")
+    files.write_picture(written[1], figure)
     plt.close(figure)
     return written
 
