@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from corec import CorecError, compare, grid, stages, store, workflow
+from corec import CorecError, compare, files, grid, paths, stages, store, verify, workflow
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,8 +25,11 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
     both = commands.add_parser("compare", help="compare two runs", add_help=False)
     both.add_argument("folders", nargs=argparse.REMAINDER)
-    verify = commands.add_parser("verify", help="compare the files of a run with the digests in its stage records")
-    verify.add_argument("run", help="name of the run: a folder in runs/")
+    check = commands.add_parser("verify", help="compare the files of a run with their digests, and its pictures with its data")
+    check.add_argument("run", help="name of a run in runs/, or a folder of results such as figures/ml-100k")
+    check.add_argument(
+        "--rerun", action="store_true", help="run the stages again, and compare the numbers with those of the folder"
+    )
     collect = commands.add_parser("gc", help="remove the stages that no run uses")
     collect.add_argument("--dry-run", action="store_true", help="list them only")
     return whole
@@ -49,13 +52,23 @@ def many(given: argparse.Namespace) -> int:
     return 0
 
 
-def verify(given: argparse.Namespace) -> int:
+def check(given: argparse.Namespace) -> int:
     """``corec verify``."""
-    faults = stages.verify(given.run)
+    folder = Path(given.run)
+    if not (folder / "manifest.json").exists() and (given.rerun or len(folder.parts) > 1):
+        raise CorecError(f"{folder} has no manifest.json: name a folder in figures/, such as figures/ml-100k.")
+    results = len(folder.parts) > 1
+    faults = [*verify.digests(folder), *verify.outdated_pages(folder), *verify.pictures(folder)] if results else []
+    faults += [] if results else stages.verify(given.run)
     for fault in faults:
         print(f"corec: {fault}.", file=sys.stderr)
     if not faults:
-        print(f"run {given.run!r}: all files are as their stages wrote them")
+        print(f"{given.run}: all files are as recorded" + (", all pictures as drawn from their CSV files" if results else ""))
+    if given.rerun:
+        table = verify.rerun(folder)
+        path = paths.root() / "runs" / ".verify" / f"{folder.name}.csv"
+        files.write_csv(path, table)
+        print(*verify.report(table), f"all numbers: {path}", sep="\n")
     return 1 if faults else 0
 
 
@@ -78,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "compare":
             return compare.main(given.folders)
-        return {"run": run, "grid": many, "verify": verify, "gc": collect}[given.command](given)
+        return {"run": run, "grid": many, "verify": check, "gc": collect}[given.command](given)
     except CorecError as error:
         print(f"corec: {error}", file=sys.stderr)
         return 1

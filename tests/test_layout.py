@@ -33,6 +33,7 @@ LAYERS = [
     ["compare"],
     ["workflow"],
     ["grid"],
+    ["verify"],
     ["bench"],
     ["__main__"],
 ]

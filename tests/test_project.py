@@ -193,7 +193,7 @@ def test_a_file_that_has_changed_is_noticed(capsys: pytest.CaptureFixture[str]) 
     text = output.read_text()
     output.write_text(text)  # the same content at another time
     stages.require("r", "data")
-    assert corec_main(["verify", "r"]) == 0 and "all files are as" in capsys.readouterr().out
+    assert corec_main(["verify", "r"]) == 0 and "all files are as recorded" in capsys.readouterr().out
     output.write_text("a,c")
     with pytest.raises(CorecError, match=r"table.csv has changed since stage 'data' wrote it: run notebooks/01_data.ipynb again"):
         stages.require("r", "data")
