@@ -36,11 +36,12 @@ def manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return found if found["outputs"] is not None and found["params"] is not None else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CorecError(
-            f"{folder} has no readable manifest.json: name a folder in figures/ that stage 06 has written."
-        ) from None
+        whole = {"run", "params", "outputs"} <= found.keys()
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise CorecError(f"{folder} has no readable manifest.json: name a folder in figures/ that stage 06 has written.")
+    return found
 
 
 def digests(folder: Path) -> Iterator[str]:

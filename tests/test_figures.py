@@ -50,14 +50,30 @@ def collect(axis: Axes) -> list[object]:
     return list(axis.containers)
 
 
+def evaluated(params: Params) -> None:
+    """Finish the stages before the figures, with the metrics of three users."""
+    for stage in stages.ancestors("figures"):
+        begun = stages.start(params, stage)
+        if stage == "evaluation":
+            rows = [(f"u{user}", "corec", 1, 0, "cp", 5, 1, user / 4) for user in range(3)]
+            rows += [("u0", "corec", 1, 1, "cp", 5, 1, 1.0), ("u0", "corec", 1, 0, "cp", 5, 2, 9.0)]
+            names = "user_id model n_tokens seed metric k tau value".split()
+            pd.DataFrame(rows, columns=names).astype({"tau": "Int64"}).to_parquet(begun.folder / "per_window.parquet")
+        begun.finish()
+
+
 def test_files_of_a_run(table: pd.DataFrame) -> None:
     params = Params(run="r")
-    for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
-        stages.start(params, stage).finish()
+    evaluated(params)
     written = figures.publish(table, params, {"a fact": "42"})
-    names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json".split()
+    names = "fig6.png fig6.csv fig7.png fig7.csv fig8.png fig8.csv metrics.csv results.md manifest.json per_user.parquet".split()
     assert sorted(path.name for path in written) == sorted(names)
-    pd.testing.assert_frame_equal(evaluation.read(written[-3]), table, check_dtype=False)
+    saved = evaluation.read(written[-3])
+    pd.testing.assert_frame_equal(saved[table.columns], table, check_dtype=False)
+    assert saved.iloc[0][["run", "backbone", "readout"]].tolist() == ["r", "smollm2-135m", "late"]
+    assert set(saved["attributes"]) == {"genre era popularity rating consensus"}
+    users = pd.read_parquet(written[-4])
+    assert users["value"].tolist() == [0.5, 0.25, 0.5], "means over the seeds, at the strictest threshold"
     record = json.loads(written[-1].read_text())
     assert record["packages"]["torch"] and set(record["stages"]) == {"data", "sasrec", "controls", "reranker", "evaluation"}
     assert record["outputs"]["metrics.csv"] == files.sha256(written[-3])
@@ -78,8 +94,7 @@ def test_a_results_table_without_a_column(tmp_path: Path) -> None:
 
 def test_each_protocol_has_figures_and_a_summary(table: pd.DataFrame) -> None:
     params = Params(run="r")
-    for stage in ("data", "sasrec", "controls", "reranker", "evaluation"):
-        stages.start(params, stage).finish()
+    evaluated(params)
     both = pd.concat([table, table.assign(protocol="oracle", value=table["value"] / 2)], ignore_index=True)
     written = {path.name: path for path in figures.publish(both, params, {})}
     assert {f"fig{number}-oracle.{kind}" for number in (6, 7, 8) for kind in ("png", "csv")} <= set(written)
