@@ -5,6 +5,7 @@ parameters; it executes the notebook of the stage by papermill (:func:`execute`)
 is written last and lists the files of the stage. Runs with the same parameters share the job.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -111,7 +112,7 @@ def discard_damaged(jobs: Mapping[str, Job]) -> Iterator[str]:
         if not place.exists():
             continue
         found = stages.record_in(place.parent)
-        fault = f"{place} is damaged" if found is None else next(stages.changed_files(place.parent, found), None)
+        fault = f"{place} is damaged" if found is None else next(stages.changed_files(place.parent, found, digests=True), None)
         if fault:
             place.unlink()
             yield f"{fault}: stage {job.stage!r} is run again"
@@ -239,6 +240,8 @@ def execute(job: Job) -> None:
     settings, notebook = job.target.settings(), stages.NOTEBOOKS[job.stage]
     source = paths.root() / "notebooks" / f"{notebook}.ipynb"
     output = stages.attach(settings, job.stage).resolve() / source.name
+    for left in output.parent.glob(f".{output.name}.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
     part = output.with_name(f".{output.name}.{os.getpid()}.ipynb")
     started = time.monotonic()
     print(f"== {settings.run}: {notebook}", flush=True)
@@ -260,6 +263,11 @@ def execute(job: Job) -> None:
             f"{notebook} was killed, most likely because the memory was not enough: lower reranker.micro_batch, "
             "reranker.eval_batch_size or sasrec.batch_size, and run it again."
         ) from None
+    except OSError as error:
+        raise CorecError(
+            f"{notebook} stopped: {error.filename or output} could not be written ({error.strerror or error}): free disk space, or "
+            "make the folder writable."
+        ) from None
     except NoSuchKernel:
         raise CorecError("There is no Jupyter kernel `python3`: `python -m pip install ipykernel` brings it.") from None
     except PapermillExecutionError as error:
@@ -267,7 +275,7 @@ def execute(job: Job) -> None:
             raise CorecError(f"{notebook} stopped: {error.evalue}") from None
         raise CorecError(f"{notebook} stopped with {error.ename}: {error.evalue} (the whole trace is in {output}).") from None
     finally:
-        if part.exists():
+        with contextlib.suppress(OSError):
             part.replace(output)
     print(f"== {settings.run}: {notebook}: {time.monotonic() - started:.0f} s", flush=True)
 
