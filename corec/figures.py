@@ -325,7 +325,7 @@ def results_page(
     for name, fact in (facts or {}).items():
         text = ", ".join(f"{key}: {value}" for key, value in fact.items()) if isinstance(fact, dict) else fact
         lines.append(f"- {name}: {text}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("<", "&lt;") + "\n"  # text of the data is no HTML
 
 
 def introduction(params: Params) -> str:

@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt
 
 from corec import CorecError, evaluation, figures, files, pages, paths, profiles
 from corec.checked import Model
-from corec.params import Protocol
+from corec.params import RUN_NAME, Protocol
 from corec.workflow import Target
 
 SETTINGS = ["base", "variant", "protocol"]  # what the runs of a grid differ in, other than the seed
@@ -28,7 +28,7 @@ SETTINGS = ["base", "variant", "protocol"]  # what the runs of a grid differ in,
 class Grid(Model):
     """A grid of runs."""
 
-    grid: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # its tables go to figures/<grid>/
+    grid: str = Field(pattern=RUN_NAME)  # its tables go to figures/<grid>/
     runs: list[str] = Field(min_length=1)  # profiles, relative to the file itself
     seeds: list[NonNegativeInt] = []  # empty: that of the profile
     protocols: list[Protocol] = []  # values of controls.protocol; empty: that of the profile

@@ -44,7 +44,7 @@ def study_page(folder: Path) -> str | None:
     lines = [f"# Results: {folder.name}", ""]
     for heading, body in sections:
         lines += [f"## {heading}", "", *body, ""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("<", "&lt;")  # text of the data is no HTML
 
 
 def pages_of(folder: Path) -> dict[Path, str]:

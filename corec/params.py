@@ -12,13 +12,16 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from corec.checked import Model
 from corec.conflicts import conflict
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder name, without separators
+
 
 class DataParams(Model):
     """Stage 01: source of the interactions, cleaning and split."""
 
     source: str = "ml-100k"  # a name in corec.data.SOURCES
     path: str | None = None  # folder of the source's files, else they are downloaded; relative to the project's folder
-    category: str | None = None  # amazon-2018: name of the category in the file names, e.g. Electronics
+    # amazon-2018: name of the category in the file names, e.g. Electronics
+    category: str | None = Field(None, pattern=r"^[A-Za-z0-9_]+$")
     reviews: Literal["full", "5-core"] = "full"  # amazon-2018: all reviews, or the 5-core
     url: str = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2"  # amazon-2018: address of the files
     sha256: dict[str, str] = {}  # expected digest of each downloaded file, by file name
@@ -316,7 +319,7 @@ class StudyParams(Model):
     attribute_dropout: float = Field(0.4, gt=0, lt=1)  # 10: reranker.attribute_dropout of the second model
     tagger: bool = True  # 10: also guess the values by the untrained backbone (data.tagger)
     nearest_title: bool = True  # 10: also guess the values by the most similar title, under the encoder MiniLM
-    source: str | None = None  # 11: run whose trained re-ranker is used; empty: this run
+    source: str | None = Field(None, pattern=RUN_NAME)  # 11: run whose trained re-ranker is used; empty: this run
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
 
 
@@ -338,7 +341,7 @@ Stage = Literal[
 class Params(Model):
     """All parameters of a run."""
 
-    run: str = Field("tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run: str = Field("tiny", pattern=RUN_NAME)
     seed: int = Field(0, ge=0)
     # Stages that `corec run` runs, in the order of the notebooks.
     stages: list[Stage] = ["data", "sasrec", "controls", "reranker", "evaluation", "figures"]

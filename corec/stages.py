@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -336,6 +337,18 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changed)}
 
 
+def without_secrets(value: Any) -> Any:
+    """Copy of nested values: the home folder is ``~``, the project's folder is omitted, and addresses have no password."""
+    if isinstance(value, dict):
+        return {name: without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"^(\w+://)[^/@]*@", r"\1", value)
+    return value.replace(f"{paths.root()}/", "").replace(str(Path.home()), "~") if value.startswith("/") else value
+
+
 def manifest(params: Params, of: Sequence[str]) -> dict[str, Any]:
     """Return what produced a run: parameters, versions, commit, and the records of the stages `of`, without their parameters."""
     installed = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
@@ -348,7 +361,7 @@ def manifest(params: Params, of: Sequence[str]) -> dict[str, Any]:
         "run": params.run,
         "seed": params.seed,
         **git_state(),
-        "params": params.model_dump(mode="json"),
+        "params": without_secrets(params.model_dump(mode="json")),
         "python": platform.python_version(),
         "packages": {name: installed.get(name.lower()) for name in PACKAGES},
         "stages": stages,

@@ -264,10 +264,8 @@ def execute(job: Job) -> None:
             "reranker.eval_batch_size or sasrec.batch_size, and run it again."
         ) from None
     except OSError as error:
-        raise CorecError(
-            f"{notebook} stopped: {error.filename or output} could not be written ({error.strerror or error}): free disk space, or "
-            "make the folder writable."
-        ) from None
+        reason = f"{error.filename or output} could not be written ({error.strerror or error})"
+        raise CorecError(f"{notebook} stopped: {reason}: free disk space, or make the folder writable.") from None
     except NoSuchKernel:
         raise CorecError("There is no Jupyter kernel `python3`: `python -m pip install ipykernel` brings it.") from None
     except PapermillExecutionError as error:

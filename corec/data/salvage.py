@@ -9,7 +9,12 @@ from typing import BinaryIO
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
+from corec import CorecError
+
 BLOCK = 1 << 16  # bytes read from a file at a time
+# A gzip file that is larger than FREE bytes and RATIO times its compressed size when decompressed is refused: JSON lines have
+# a ratio of 3 to 10, made-up files that are to fill a disk one of 1000.
+FREE, RATIO = 1 << 28, 200
 GZIP = b"\x1f\x8b\x08"  # first bytes of a gzip member
 
 
@@ -25,19 +30,27 @@ def plain_blocks(file: BinaryIO, faults: Counter[str]) -> Iterator[bytes]:
         The file, at its start.
     faults
         Counts of faults by reason; updated in place.
+
+    Raises
+    ------
+    CorecError
+        If the content is out of proportion to the file (see :data:`RATIO`).
     """
     rest = file.read(BLOCK)
     if not rest.startswith(GZIP):
         while rest:
             yield rest
             rest = file.read(BLOCK)
-    whole = True  # whether anything was read since the last fault
+    whole, size = True, 0  # whether anything was read since the last fault; bytes after decompression
     while rest:  # one member per iteration
         engine = isal_zlib.decompressobj(wbits=31)
         try:
             while True:
                 text = engine.decompress(rest)
-                whole = whole or bool(text)
+                whole, size = whole or bool(text), size + len(text)
+                if size > FREE and size > RATIO * file.tell():
+                    reason = f"is more than {RATIO} times larger when decompressed, which no file of reviews is"
+                    raise CorecError(f"{file.name} {reason}: replace it.")
                 yield text
                 if engine.eof:
                     break

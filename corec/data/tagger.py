@@ -4,6 +4,7 @@ score(tag | title) = log p(tag | prompt with the title) - log p(tag | prompt wit
 preference for tags that are likely after any title (Holtzman et al., *Surface Form Competition*, EMNLP 2021).
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -79,7 +80,9 @@ def tag(titles: Sequence[str], tags: Sequence[str], backbone: str, batch: int = 
         If the backbone cannot be loaded.
     """
     store = paths.cache_dir() / "tags" / f"{files.digest([backbone, prompt, TITLE_TOKENS, list(tags)])}.json"
-    known: dict[str, str] = json.loads(store.read_text()) if store.exists() else {}
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # no tags yet, or a damaged file
+        known = json.loads(store.read_text())
     new = sorted({title for title in titles if title not in known})
     if new:
         model, tokenizer = backbones.load(backbone, machine.resolve_dtype("auto"), "data.tagger")
