@@ -1,5 +1,7 @@
 """README and documentation agree with the CSV files of figures/."""
 
+import json
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -33,14 +35,36 @@ def test_documents_hold_the_tables_of_the_result_pages() -> None:
     assert sum(text.count("<!-- table:") for text in found.values()) >= 15
 
 
-def test_the_readme_is_short_and_no_link_is_broken() -> None:
-    import re
+def anchor(heading: str) -> str:
+    """Anchor of a heading, as code hosting sites make it."""
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+    return re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
 
+
+def text_of(path: Path) -> str:
+    """Markdown of a page or of a notebook, without code blocks."""
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text())["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    else:
+        text = path.read_text()
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def test_the_readme_is_short_and_no_link_is_broken() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
-            if "://" not in target:
-                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    found = 0
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")):
+        for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text_of(path)):
+            if "://" in target or not (target or place):
+                continue
+            found += 1
+            other = (path.parent / target) if target else path
+            assert other.exists(), f"{path.name} links to {target}"
+            if place and other.suffix in (".md", ".ipynb"):
+                headings = {anchor(line) for line in re.findall(r"^#+ (.*)$", text_of(other), re.MULTILINE)}
+                assert place in headings, f"{path.name} links to {target}#{place}"
+    assert found > 80
 
 
 def test_a_table_is_embedded_between_its_comments(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_the_parameters_cell_has_two_lines_and_names_the_tiny_profile(path: Path
     namespace: dict[str, object] = {}
     exec(cell.source, namespace)
     assert namespace["profile"] == "params/tiny.yaml" and namespace["changes"] == {}
+    assert namespace.keys() - {"__builtins__", "__annotations__"} == {"profile", "changes"}, "no name that nothing reads"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

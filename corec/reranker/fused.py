@@ -10,9 +10,6 @@ Architectures are not listed by name: :func:`fuse` looks for the modules it know
 returns None if they differ.
 """
 
-import timeit
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +17,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from corec import machine
 from corec.reranker import gradients
 from corec.reranker.gradients import Lora
 
-PROBE = 12  # tokens of the comparison of the fused layers with the model, and of the timings for short inputs
+PROBE = 12  # tokens of the comparison of the fused layers with the model
 FEW = 128  # maximum number of tokens for which a product may be transposed
-MANY = 320  # tokens of a prompt in the timing of attention
 
 
 class Projection(NamedTuple):
@@ -101,12 +98,6 @@ def norm(module: Any) -> tuple[Tensor, float]:
     return module.weight.detach(), module.variance_epsilon
 
 
-def faster(work: Callable[[bool], object], number: int) -> bool:
-    """Whether ``work(True)`` takes less time than ``work(False)``: minimum over five repeats of `number` calls each."""
-    times = [min(timeit.repeat(partial(work, flag), number=number, repeat=5)) for flag in (True, False)]
-    return times[0] < times[1]
-
-
 def product(state: Tensor, part: Projection, turned: bool = False) -> Tensor:
     """Project `state` [..., input width].
 
@@ -169,43 +160,31 @@ class Fused:
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         self.layers = [self.take(layer) for layer in base.layers]
         self.device = self.norm[0].device
-        self.turned, self.spelled = self.faster_turned(), (self.faster_spelled(PROBE), self.faster_spelled(MANY))
+        self.turned, self.spelled = self.choose_turned(), self.choose_spelled()
         self.silu = isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation"
 
-    def faster_turned(self) -> bool:
-        """Whether the transposed product is faster for :data:`PROBE` tokens.
+    def choose_turned(self) -> bool:
+        """Whether products of up to :data:`FEW` tokens are transposed: on a CPU with matrix units (AMX), in bfloat16.
 
-        Timed over the weights of all layers, so that they are read from memory. Always False on a GPU, and with an adapter. The
-        transposed product
-        took two thirds of the time on a CPU with matrix units (Intel AMX), and 1.6 times as long on one without (AMD Zen).
+        The transposed product took two thirds of the time there, and 1.6 times as long on a CPU without them (AMD Zen). The
+        choice depends on the processor only, not on a timing: the alternatives round differently, and the same run has to give
+        the same numbers. Always False on a GPU, and with an adapter.
         """
-        if self.norm[0].device.type != "cpu" or self.layers[0].qkv.lora is not None:
-            return False
-        parts = [part._replace(lora=None) for layer in self.layers for part in layer[:4]]
-        states = {part.weight.shape[1]: part.weight.new_ones(PROBE, part.weight.shape[1]) for part in parts}
-        return faster(lambda turned: [product(states[part.weight.shape[1]], part, turned) for part in parts], 1)
+        return self.on_cpu_in_half() and "amx_bf16" in (machine.bfloat16_instructions() or []) and self.layers[0].qkv.lora is None
 
-    def faster_spelled(self, tokens: int) -> bool:
-        """Whether explicit attention of `tokens` queries to a prompt of :data:`MANY` tokens is faster than torch's kernel.
+    def choose_spelled(self) -> bool:
+        """Whether attention is computed explicitly, not by torch's kernel: on a CPU without matrix units, in half precision.
 
-        On a CPU in half precision; otherwise False. With an adapter, whose forward passes are mostly those of training, it is
-        always True, so that a resumed training computes the same numbers: with its backward pass, the kernel took three times the
-        time on an AMD EPYC. Without an adapter it is timed: explicit attention took 0.4 of the kernel's time on the EPYC, and
-        twice the kernel's time on a Xeon, where the kernel uses the matrix units.
+        Explicit attention took 0.4 of the kernel's time on an AMD EPYC, and twice the kernel's time on a Xeon, where the kernel
+        uses the matrix units (see :meth:`choose_turned` for why it is not timed). With an adapter, whose forward passes are
+        mostly those of training, it is always explicit: with its backward pass, the kernel took three times as long on the EPYC.
         """
-        like = self.norm[0]
-        if like.device.type != "cpu" or like.dtype == torch.float32:
-            return False
-        if self.layers[0].qkv.lora is not None:
-            return True
-        query, key = (like.new_ones(1, heads, n, self.width) for heads, n in ((self.queries, tokens), (self.keys, MANY)))
-        bias = like.new_zeros(1, 1, tokens, MANY)
-        blocks = gradients.blocks_of(bias, self.queries // self.keys)
-        return faster(lambda spelled: attention(query, key, key, blocks if spelled else bias, self.scale), 5)
+        lora = self.layers[0].qkv.lora is not None
+        return self.on_cpu_in_half() and (lora or "amx_bf16" not in (machine.bfloat16_instructions() or []))
 
-    def spells(self, state: Tensor) -> bool:
-        """Whether attention is computed explicitly for the tokens of `state` [batch, L, hidden]."""
-        return self.spelled[state.shape[:-1].numel() > FEW]
+    def on_cpu_in_half(self) -> bool:
+        """Whether the model is on a CPU, in half precision."""
+        return self.device.type == "cpu" and self.norm[0].dtype != torch.float32
 
     @staticmethod
     def take(layer: Any) -> Layer:
@@ -257,7 +236,7 @@ class Fused:
         first half of the sine is negated.
         """
         added = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        bias = gradients.blocks_of(added, self.queries // self.keys) if self.spells(like) else added
+        bias = gradients.blocks_of(added, self.queries // self.keys) if self.spelled else added
         cos, sin = (table[:, :, None] for table in self.rotary(like, positions))  # [batch, L, 1, head width]
         half = self.width // 2
         return bias, cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
