@@ -92,8 +92,8 @@ def store_dir(settings: Params, stage: str) -> Path:
 def attach(settings: Params, stage: str) -> Path:
     """Create the folder of a stage, and the link to it from the folder of the run; returns the latter.
 
-    A folder of an earlier version in place of the link is moved: into the store if its parameters are the same, or else to
-    ``<stage>.old``.
+    A folder of an earlier version in place of the link is moved: into the store if it is unfinished or its parameters are the
+    same, or else to ``<stage>.old``.
     """
     place, folder = paths.stage_dir(settings.run, stage), store_dir(settings, stage)
     if place == folder:
@@ -104,7 +104,8 @@ def attach(settings: Params, stage: str) -> Path:
         return place
     if place.is_dir() and not place.is_symlink():
         before = (read_record(settings.run, stage) or {}).get("params")
-        same = not differences(section(settings, stage), with_defaults(before, section(settings, stage), stage))
+        now = section(settings, stage)
+        same = before is None or not differences(now, with_defaults(before, now, stage))  # unfinished: perhaps a checkpoint
         folder.parent.mkdir(parents=True, exist_ok=True)
         place.rename(folder if same and not folder.exists() else place.with_name(f"{stage}.old"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from test_reranker import World
 
 from corec import CorecError, controls, data, paths, profiles, reranker, stages
 from corec.params import Params
-from corec.reranker import devices
+from corec.reranker import devices, shards
 from corec.scale import launch as scale_launch
+from corec.scale import shards as scale_shards
 
 PROJECT = Path(__file__).parents[1]
 
@@ -166,3 +168,37 @@ def test_every_launch_names_its_command() -> None:
         )
         assert yaml.safe_load(file.read_text())["num_processes"] == 4
     assert profiles.load(PROJECT / "params" / "amazon-electronics.yaml").reranker.batch_size == 4
+
+
+def test_shards_together_give_the_same_scores_bit_for_bit(atomic: Path, tmp_path: Path) -> None:
+    world = World(atomic)
+    model = world.build(world.params(eval_batch_size=3))
+    whole = reranker.score_split(model, world.examples, "test", world.controls)
+    kept = tmp_path / "shards"
+    for number in (2, 0):
+        part = reranker.score_split(model, world.examples, "test", world.controls, kept, (number, 3))["random-candidate"]
+        assert np.isnan(part.control).any() and not np.isnan(part.control).all()
+    (folder,) = kept.iterdir()
+    windows = len(world.prepared.pools["test"].window)
+    assert shards.gather(folder, windows) is None, "one is missing"
+    reranker.score_split(model, world.examples, "test", world.controls, kept, (1, 3))
+    joined = reranker.score_split(model, world.examples, "test", world.controls, kept)
+    for protocol, scores in whole.items():
+        for one, other in zip(scores, joined[protocol], strict=True):
+            assert one.tobytes() == other.tobytes()
+    path = folder / "1-of-3.npz"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert shards.gather(folder, windows) is None, "a damaged file"
+    other = world.build(world.params(eval_batch_size=2))
+    assert shards.identity(other, world.prepared.pools["test"], []) != shards.identity(model, world.prepared.pools["test"], [])
+
+
+def test_faults_of_a_shard_are_one_sentence(
+    project: Path, start_stages: Callable[[Params, str], stages.Stage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--params", "params/tiny.yaml", "--of", "4", "--shard"]
+    assert scale_shards.main([*arguments, "4"]) == 1
+    assert "--shard is 4: give a number from 0 to 3" in capsys.readouterr().err
+    start_stages(profiles.load("params/tiny.yaml"), "reranker")
+    assert scale_shards.main([*arguments, "0"]) == 1
+    assert "checkpoint.pt is missing: fine-tune the re-ranker first" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from corec import CorecError, controls, files
 from corec.controls import Pools
 from corec.params import ControlsParams
+from corec.reranker import shards
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row
 from corec.scores import Scores
@@ -145,9 +147,17 @@ def score(
     return score_parts(reranker, examples, pools, requests, report).total()
 
 
+WHOLE = (0, 1)  # the shard that holds all batches
+
+
 @torch.inference_mode()
 def score_parts(
-    reranker: Reranker, examples: Examples, pools: Pools, requests: Sequence[np.ndarray], report: str | None = None
+    reranker: Reranker,
+    examples: Examples,
+    pools: Pools,
+    requests: Sequence[np.ndarray],
+    report: str | None = None,
+    shard: tuple[int, int] = WHOLE,
 ) -> Scores:
     """Score the candidates of every window under its R requests.
 
@@ -163,6 +173,9 @@ def score_parts(
         R arrays [windows, n]; n may differ between requests.
     report
         Label of a progress line, printed every 20 s; None for no progress lines.
+    shard
+        Number of the shard, from 0, and number of shards. Shards consist of whole batches, so that together they give the same
+        numbers, bit for bit. The scores of the other windows are NaN.
 
     Raises
     ------
@@ -174,10 +187,12 @@ def score_parts(
     reranker.prompter.report_cut()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prefix))
     shape = (len(rows), len(rows[0].suffixes), pools.candidates.shape[1])
-    found, shown = Scores(*(np.zeros(shape, np.float32) for _ in Scores._fields)), time.monotonic()
-    size = reranker.params.eval_batch_size
-    for start in range(0, len(order), size):
+    empty = 0.0 if shard == WHOLE else np.nan
+    found, shown = Scores(*(np.full(shape, empty, np.float32) for _ in Scores._fields)), time.monotonic()
+    size, (number, of) = reranker.params.eval_batch_size, shard
+    for start in range(number * size, len(order), of * size):
         part = order[start : start + size]
+        found.prior[part] = 0
         with memory_for("eval_batch_size"):
             parts, prior = reranker.parts([rows[i] for i in part])
             if prior is not None and parts.gate is not None:
@@ -215,16 +230,45 @@ def order_bias(reranker: Reranker, examples: Examples, pools: Pools, request: np
     return float((found.var(axis=0).mean(axis=1) / np.maximum(whole, 1e-12)).mean())
 
 
-def score_split(reranker: Reranker, examples: Examples, split: str, params: ControlsParams) -> dict[str, Scores]:
+def score_split(
+    reranker: Reranker,
+    examples: Examples,
+    split: str,
+    params: ControlsParams,
+    kept: Path | None = None,
+    shard: tuple[int, int] = WHOLE,
+) -> dict[str, Scores]:
     """Scores of the windows of a split by protocol, under one request of each length in ``params.n_tokens``.
 
     All requests of a window are scored in one pass. The test windows are also scored under `params.other_protocols`.
+
+    Parameters
+    ----------
+    reranker, examples
+        Model and histories.
+    split
+        ``valid`` or ``test``.
+    params
+        Requests.
+    kept
+        Folder of shards (see :mod:`corec.scale.shards`); if they are complete, nothing is computed. None for none.
+    shard
+        See :func:`score_parts`; a shard is saved in `kept`.
     """
     prepared, lengths = examples.prepared, params.n_tokens
     asked = {params.protocol: [prepared.requests[split, n] for n in lengths]}
     if split == "test":
         asked |= {name: [prepared.others[name, n] for n in lengths] for name in params.other_protocols}
     requests = [request for part in asked.values() for request in part]
-    found = score_parts(reranker, examples, prepared.pools[split], requests, report=f"{reranker.params.readout}, {split}")
+    label = f"{reranker.params.readout}, {split}"
+    pools, found = prepared.pools[split], None
+    if kept is not None:
+        found = shards.gather(kept / shards.identity(reranker, pools, requests), len(pools.window))
+    if found is None:
+        found = score_parts(reranker, examples, pools, requests, label, shard)
+        if kept is not None and shard != WHOLE:
+            shards.save(found, kept / shards.identity(reranker, pools, requests), *shard)
+    else:
+        print(f"{label}: all {len(pools.window)} windows were scored in shards", flush=True)
     parts = [slice(place * len(lengths), (place + 1) * len(lengths)) for place in range(len(asked))]
     return {name: Scores(*(values[:, part] for values in found)) for name, part in zip(asked, parts, strict=True)}

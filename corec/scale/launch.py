@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from corec import CorecError, controls, data, machine, paths, profiles, reranker, scores, stages
+from corec import CorecError, controls, data, machine, profiles, reranker, scores, stages
 from corec.reranker import devices
 
 
@@ -77,7 +77,7 @@ def fine_tune(file: Path) -> None:
     if not devices.asked_for("ACCELERATE_USE_FSDP"):  # sharded layers are moved one at a time
         model.model.to(accelerator.device)
         model.head.to(accelerator.device)
-    folder = paths.stage_dir(settings.run, "reranker")
+    folder = stages.attach(settings, "reranker")
     curve = reranker.train(model, examples, settings, folder, accelerator=accelerator)
     accelerator.print(
         f"{len(curve)} steps on {accelerator.num_processes} processes are saved in {folder / 'checkpoint.pt'}: "

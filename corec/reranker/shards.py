@@ -1,0 +1,47 @@
+"""Scores of a part of the windows on disk, and their union: the files of :mod:`corec.scale.shards`."""
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corec import files
+from corec.controls import Pools
+from corec.scores import Scores
+
+
+def identity(reranker: Any, pools: Pools, requests: Sequence[np.ndarray]) -> str:
+    """Digest of the trained head, the settings that change scores, the windows, their candidates and the requests."""
+    hashed = hashlib.sha256()
+    for _, value in sorted(reranker.head.state_dict().items()):
+        hashed.update(value.detach().float().cpu().numpy().tobytes())
+    for array in (pools.window, pools.candidates, *requests):
+        hashed.update(np.ascontiguousarray(array).tobytes())
+    return files.digest([reranker.params.model_dump(mode="json"), hashed.hexdigest()])
+
+
+def save(scores: Scores, folder: Path, number: int, of: int) -> Path:
+    """Write the scores of a shard [windows, R, K], NaN for the windows of other shards; returns the file."""
+    path = folder / f"{number}-of-{of}.npz"
+    with files.aside(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **scores._asdict())
+    return path
+
+
+def gather(folder: Path, windows: int) -> Scores | None:
+    """Join the shards in `folder`; None if some of the `windows` are in none, or a file is damaged."""
+    joined: Scores | None = None
+    for path in sorted(folder.glob("*-of-*.npz")):
+        try:
+            with np.load(path) as kept:
+                part = Scores(*(kept[name] for name in Scores._fields))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        if len(part.prior) != windows:
+            return None
+        pairs = zip(joined or part, part, strict=True)
+        joined = Scores(*(np.where(np.isnan(left), right, left) for left, right in pairs))
+    return None if joined is None or np.isnan(joined.control).any() else joined
