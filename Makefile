@@ -17,9 +17,14 @@ figures: env
 grid: env
 	$(BIN)/corec grid $(GRID)
 
-test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
-	$(BIN)/python -m pytest -q --nbval-lax notebooks
+# Run a command and print the seconds that it took.
+timed = begin=$$(date +%s); $(2) || exit; echo "== $(1): $$(($$(date +%s) - begin)) s"
+
+test: env
+	@$(call timed,lint and types,$(MAKE) --no-print-directory lint)
+	@$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations 10 tests)
+	@$(call timed,notebooks,$(BIN)/python -m pytest -q --nbval-lax notebooks)
+	@$(call timed,quality,$(BIN)/python -m pytest -q tests/quality.py)
 
 env: .venv/installed
 

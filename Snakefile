@@ -24,13 +24,14 @@ wildcard_constraints:
     run="[A-Za-z0-9][A-Za-z0-9._-]*",
 
 
+LEAVES = [record for record in PLAN if not any(record in job.needs for job in PLAN.values())]
 FIGURES = [record for record, job in PLAN.items() if job.stage == "figures"]
 TABLE = [str(grids.folder(Path(config["grid"])) / "grid.csv")] if "grid" in config else []
 
 
 rule all:
     input:
-        list(PLAN),
+        LEAVES,
         TABLE,
 
 

@@ -18,10 +18,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--only", nargs="+", choices=list(stages.NOTEBOOKS), help="make these stages instead of those that the file names"
     )
+    run.add_argument("--dag", action="store_true", help="print the graph of the stages (DOT) and run nothing")
     run.add_argument("--force", action="store_true", help="run the stages again even if they are up to date")
     run.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
     many = commands.add_parser("grid", help="make the runs of a grid, and one table of them")
     many.add_argument("grid", type=Path, help="grid file, e.g. params/grid/tiny.yaml")
+    many.add_argument("--dag", action="store_true", help="print the graph of the stages (DOT) and run nothing")
     many.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
     both = commands.add_parser("compare", help="compare two runs", add_help=False)
     both.add_argument("folders", nargs=argparse.REMAINDER)
@@ -37,14 +39,20 @@ def parser() -> argparse.ArgumentParser:
 
 def run(given: argparse.Namespace) -> int:
     """``corec run``."""
-    started = time.monotonic()
-    said = workflow.run([workflow.Target(str(path), {}, given.only) for path in given.params], given.profile, given.force)
+    started, targets = time.monotonic(), [workflow.Target(str(path), {}, given.only) for path in given.params]
+    if given.dag:
+        print(workflow.dag(targets), end="")
+        return 0
+    said = workflow.run(targets, given.profile, given.force)
     print(f"all done in {(time.monotonic() - started) / 60:.1f} min: {said}", flush=True)
     return 0
 
 
 def many(given: argparse.Namespace) -> int:
     """``corec grid``."""
+    if given.dag:
+        print(workflow.dag(grid.targets(given.grid), given.grid), end="")
+        return 0
     started = time.monotonic()
     said = workflow.run(grid.targets(given.grid), given.profile, grid=given.grid)
     minutes = (time.monotonic() - started) / 60

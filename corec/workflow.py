@@ -187,6 +187,21 @@ def run(targets: Sequence[Target], profile: str = PROFILE, force: bool = False, 
     return f"{ran} stages ran, {len(jobs) - ran} were up to date"
 
 
+def dag(targets: Sequence[Target], grid: Path | None = None) -> str:
+    """Graph of the jobs in the language DOT: solid boxes are to run, dashed ones are up to date.
+
+    Raises
+    ------
+    CorecError
+        See :func:`plan`.
+    """
+    plan(targets)
+    made = subprocess.run(command(targets, PROFILE, grid, ["--dag", "dot"]), capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise CorecError(f"Snakemake cannot make the graph: {' '.join(made.stderr.split())}")
+    return made.stdout
+
+
 def link(target: Target) -> None:
     """Link the stages of a run, finished or not, and their executed notebooks, from the folder of the run."""
     settings = target.settings()
