@@ -41,7 +41,7 @@ SMALL = {
 def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_folder / "params").symlink_to(ROOT / "params")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    changes = SMALL | {"data": {"core": 1, "path": str(atomic)}}
+    changes = SMALL | {"data": {"core": 1, "path": atomic.name}}
     whole = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
     for name in stages.NOTEBOOKS.values():
         for _ in range(2):

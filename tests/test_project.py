@@ -42,7 +42,7 @@ def test_what_is_imported_is_declared_and_the_reverse() -> None:
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
                      [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
     }  # fmt: skip
-    local = {"corec", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {"corec", "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     third = {name for name in found - local if name not in sys.stdlib_module_names and name}
     groups = (project["dependencies"], *project["optional-dependencies"].values())
     declared = {canonical(pin.split("==")[0]) for group in groups for pin in group}

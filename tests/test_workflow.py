@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from corec import CorecError, code, evaluation, files, grid, params, paths, stages, store, workflow
+from corec import CorecError, code, evaluation, files, grid, params, paths, stages, store, verify, workflow
 from corec.__main__ import main as corec_main
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +26,14 @@ SMALL: dict[str, Any] = {
 }
 
 
+STRANGE = "Tom & <b>bold</b> <genre: Comedy> $x_{$ \\frac *a* `b` &lt;script&gt;alert(1)&lt;/script&gt;"
+
+
 @pytest.fixture
 def small(project: Path, atomic: Path) -> Path:
     """A profile with the made-up data set."""
+    names = atomic / "ml-100k.item"
+    names.write_text(names.read_text().replace("Film number 7\t", f"{STRANGE}\t"))
     path = project / "small.yaml"
     path.write_text(yaml.safe_dump(SMALL | {"data": SMALL["data"] | {"path": str(atomic)}}))
     return path
@@ -160,20 +165,30 @@ def test_a_grid_shares_stages_and_runs_only_what_is_outdated(
     assert len(merged) == len(whole)
     assert "## CP@5" in (project / "figures" / "both" / "results.md").read_text()
 
+    shown = "".join(path.read_text() for name in names for path in (project / "runs" / name / "notebooks").iterdir())
+    assert "Tom" in shown and "<b>bold" not in shown and "<script>alert" not in shown, "text of the data is not rendered"
+
     assert corec_main(["grid", str(table)]) == 0 and "0 stages ran, 10 were up to date" in capfd.readouterr().out
     assert corec_main(["compare", *(f"{project}/figures/{name}" for name in names)]) == 0
     made = pd.read_csv(project / "figures" / f"{names[0]}-vs-{names[1]}" / "comparison.csv")
     plain = made[(made["model"] == "sasrec") & (made["metric"] == "ndcg")]
     assert made["paired"].all() and (plain["difference"] == 0).all() and (made["users_a"] == 30).all()
 
-    digest = files.sha256(project / "figures" / names[0] / "metrics.csv")
-    weights = paths.stage_dir(names[0], "sasrec") / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-7])
+    folder = project / "figures" / names[0]
+    assert corec_main(["verify", names[0]]) == 0 and corec_main(["verify", str(folder)]) == 0
+    numbers = verify.numbers(folder, folder)
+    assert (numbers["difference"] == 0).all() and len(numbers) == len(pd.read_csv(folder / "metrics.csv"))
+    (folder / "fig8.csv").write_text((folder / "fig8.csv").read_text().replace("rule", "Rule").replace("0.", "0.1", 1))
+    assert corec_main(["verify", str(folder)]) == 1
+    assert "fig8.csv has another digest than in the manifest" in capfd.readouterr().err
+    digest = files.sha256(folder / "metrics.csv")
+    events = paths.stage_dir(names[0], "data") / "interactions.parquet"
+    events.write_bytes(events.read_bytes()[:-7])
     (project / "figures" / names[1] / "fig6.png").unlink()
     assert corec_main(["grid", str(table)]) == 0
     said = capfd.readouterr().out
-    assert "model.safetensors has changed since stage 'sasrec' wrote it: stage 'sasrec' is run again" in said
-    assert "01_data" not in said and said.count("02_sasrec: ") == 1 and "9 stages ran, 1 were up to date" in said
+    assert "interactions.parquet has changed since stage 'data' wrote it: stage 'data' is run again" in said
+    assert said.count("01_data: ") == said.count("02_sasrec: ") == 1 and "10 stages ran, 0 were up to date" in said
     assert files.sha256(project / "figures" / names[0] / "metrics.csv") == digest, "the same numbers, bit for bit"
     assert (project / "figures" / names[1] / "fig6.png").exists()
 
@@ -204,6 +219,9 @@ def test_slurm_gets_the_resources_the_command_and_the_log(
         assert f"--mem {memory}" in said and f"-t {minutes}" in said and "--cpus-per-task" in said and "gpu" not in said
         assert f"runs/.slurm/rule_{stage}/" in said and stage in line[-1] and "slurm-jobstep" in line[-1]
     assert stages.read_record("small", "sasrec") is not None
+    dry = workflow.command([workflow.Target(str(small))], str(ROOT / "profiles" / "slurm"), more=["--dry-run"])
+    said = subprocess.run(dry, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "gres=gpu:1" in said.stdout + said.stderr and "mem_mb=64000" in said.stdout + said.stderr
 
 
 def test_slurm_and_kubernetes_ask_for_a_gpu_where_there_is_a_language_model() -> None:
@@ -233,3 +251,26 @@ def test_an_interrupted_run_goes_on(project: Path, small: Path) -> None:
         time.sleep(1)
     assert again.returncode == 0, again.stderr
     assert "01_data" not in again.stdout and "1 stages ran, 1 were up to date" in again.stdout
+
+
+def test_a_second_run_is_reported_number_by_number() -> None:
+    row = {
+        "dataset": "d",
+        "protocol": "oracle",
+        "K": 20,
+        "n_tokens": 1,
+        "tau": 1,
+        "seed": 0,
+        "metric": "cp",
+        "k": 5,
+        "low": 0.4,
+        "high": 0.6,
+    }
+    first = pd.DataFrame([row | {"model": model, "value": 0.5} for model in ("corec", "rule", "boost")]).assign(n_users=9)
+    again = first[first["model"] != "boost"].assign(value=[0.55, 0.5])
+    for name, table in (("first", first), ("again", again)):
+        files.write_csv(paths.figures_dir(name) / "metrics.csv", table)
+    lines = verify.report(verify.numbers(paths.figures_dir("first"), paths.figures_dir("again")))
+    assert lines[0] == "1 of 3 numbers are equal; 1 are outside the interval of the first run"
+    assert "cp@5 of boost, 1 tokens, oracle: 0.5000 (0.4000 to 0.6000), again nan" in lines
+    assert "cp@5 of corec, 1 tokens, oracle: 0.5000 (0.4000 to 0.6000), again 0.5500" in lines
