@@ -8,10 +8,11 @@ import pytest
 from matplotlib.axes import Axes
 from test_frontier import PARAMS, World
 
-from corec import CorecError, diagnose, evaluation, figures, files, frontier, stages
+from corec import CorecError, diagnose, evaluation, figures, files, frontier, stages, verify
 from corec.params import Params
 
 matplotlib.use("Agg")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -120,3 +121,15 @@ def test_sections_of_the_frontier(tmp_path: Path) -> None:
     assert figures.extra_sections(tmp_path / "none", 3) == []
     report.claims.drop(columns="protocol").to_csv(tmp_path / "claims.csv", index=False)
     assert "\n".join(figures.extra_sections(tmp_path, 3)) == page, "a table of one protocol may lack the column"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent for path in (ROOT / "figures").glob("*/manifest.json")), ids=lambda path: path.name
+)
+def test_committed_results_agree_with_their_manifests_and_pages(folder: Path) -> None:
+    if not folder.name.startswith("tiny"):
+        assert [*verify.digests(folder), *verify.outdated_pages(folder)] == []
+
+
+def test_the_pictures_of_the_default_run_are_those_of_its_data() -> None:
+    assert list(verify.pictures(ROOT / "figures" / "ml-100k")) == []
