@@ -25,8 +25,7 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("grid", type=Path, help="grid file, e.g. params/grid/tiny.yaml")
     many.add_argument("--dag", action="store_true", help="print the graph of the stages (DOT) and run nothing")
     many.add_argument("--profile", default=workflow.PROFILE, help="profile of Snakemake, e.g. profiles/slurm")
-    both = commands.add_parser("compare", help="compare two runs", add_help=False)
-    both.add_argument("folders", nargs=argparse.REMAINDER)
+    compare.arguments(commands.add_parser("compare", help="compare two runs, user by user if they can be paired"))
     check = commands.add_parser("verify", help="compare the files of a run with their digests, and its pictures with its data")
     check.add_argument("run", help="name of a run in runs/, or a folder of results such as figures/ml-100k")
     check.add_argument(
@@ -66,8 +65,7 @@ def check(given: argparse.Namespace) -> int:
     if not (folder / "manifest.json").exists() and (given.rerun or len(folder.parts) > 1):
         raise CorecError(f"{folder} has no manifest.json: name a folder in figures/, such as figures/ml-100k.")
     results = len(folder.parts) > 1
-    faults = [*verify.digests(folder), *verify.outdated_pages(folder), *verify.pictures(folder)] if results else []
-    faults += [] if results else stages.verify(given.run)
+    faults = verify.faults(folder) if results else store.verify(given.run)
     for fault in faults:
         print(f"corec: {fault}.", file=sys.stderr)
     if not faults:
@@ -97,9 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     workflow.take_interrupts()
     try:
-        if given.command == "compare":
-            return compare.main(given.folders)
-        return {"run": run, "grid": many, "verify": check, "gc": collect}[given.command](given)
+        return {"run": run, "grid": many, "compare": compare.show, "verify": check, "gc": collect}[given.command](given)
     except CorecError as error:
         print(f"corec: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
-"""Digest of the code of a stage: its notebook, and the modules of the package that the notebook imports, directly or not.
+"""Digest of the code of a notebook, and of the modules of the package that it imports, directly or not.
 
-Comments, docstrings, outputs and Markdown do not count.
+Comments, docstrings, outputs, Markdown and the cell tagged ``parameters`` do not count.
 """
 
 import ast
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from corec import CorecError, files, paths
-from corec.stages import NOTEBOOKS
 
 PACKAGE = Path(__file__).parent
 
@@ -55,21 +54,29 @@ def closure(first: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def of_stage(stage: str) -> str:
-    """Digest of the code cells of the notebook of a stage and of the modules that it uses.
+def cell_tree(source: str) -> ast.Module | None:
+    """Syntax tree of a cell; None if it is no plain Python, for example because of an IPython magic."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return None
+
+
+def of_notebook(name: str) -> str:
+    """Digest of the code cells of a notebook, by its name without suffix, and of the modules that it uses.
 
     Raises
     ------
     CorecError
         If the notebook is missing or damaged.
     """
-    path = paths.root() / "notebooks" / f"{NOTEBOOKS[stage]}.ipynb"
+    path = paths.root() / "notebooks" / f"{name}.ipynb"
     try:
-        notebook = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
+    except (OSError, ValueError, KeyError, TypeError):
         raise CorecError(f"{path} is no notebook: run in the project's folder, or set COREC_ROOT to it.") from None
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    trees = [ast.parse(cell) for cell in cells]
-    modules = closure({path for tree in trees for path in imported(tree)})
-    parts = [ast.dump(tree) for tree in trees] + [module(path)[0] for path in modules]
-    return files.digest(parts + [path.read_text() for path in sorted((PACKAGE / "schemes").glob("*.yaml"))])
+    trees = [cell_tree(source) for source in sources]
+    modules = closure({path for tree in trees if tree for path in imported(tree)})
+    cells = [source if tree is None else ast.dump(tree) for source, tree in zip(sources, trees, strict=True)]
+    return files.digest(cells + [module(path)[0] for path in modules])

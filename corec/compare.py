@@ -43,8 +43,13 @@ def read(folder: Path) -> Run:
     for name in ("manifest.json", "per_user.parquet"):
         if not (folder / name).exists():
             raise CorecError(f"{folder / name} is missing: make it with notebooks/06_figures.ipynb of that run.")
-    values = json.loads((folder / "manifest.json").read_text())["params"]
-    table = pd.read_parquet(folder / "per_user.parquet").astype({"n_tokens": int, "metric": str, "model": str, "user_id": str})
+    try:
+        values = json.loads((folder / "manifest.json").read_text())["params"]
+        table = pd.read_parquet(folder / "per_user.parquet")
+        table = table.astype({"n_tokens": int, "metric": str, "model": str, "user_id": str})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"manifest.json or per_user.parquet in {folder} cannot be read ({str(error).splitlines()[0]})"
+        raise CorecError(f"{reason}: make them with notebooks/06_figures.ipynb of that run.") from None
     wide = table.pivot_table(index="user_id", columns=["metric", "n_tokens", "model"], values="value")
     return Run(Params.checked(values, str(folder)), wide)
 
@@ -140,19 +145,28 @@ def make(first: Path, second: Path, folder: Path | None = None) -> list[Path]:
     return written
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(prog="corec compare", description="Compare two runs, user by user if they can be paired.")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser."""
     parser.add_argument("first", type=Path, help="folder of a run, e.g. figures/ml-100k")
     parser.add_argument("second", type=Path, help="folder of another run")
     parser.add_argument("--out", type=Path, help="folder of the result (default: figures/<first>-vs-<second>)")
-    given = parser.parse_args(arguments)
+
+
+def show(given: argparse.Namespace) -> int:
+    """``corec compare``."""
+    print(*make(given.first, given.second, given.out), sep="\n")
+    return 0
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m corec.compare", description="Compare two runs.")
+    arguments(parser)
     try:
-        print(*make(given.first, given.second, given.out), sep="\n")
+        return show(parser.parse_args(given))
     except CorecError as error:
         print(f"corec: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,13 @@ def aside(path: Path) -> Iterator[Path]:
     CorecError
         If it cannot be written.
     """
-    part = path.with_name(f".part-{path.name}")
+    host = "".join(character if character.isalnum() else "_" for character in platform.node())
+    part = path.with_name(f".part-{host}-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        discard(part)
+        for left in path.parent.glob(f".part-{host}-*-{path.name}"):
+            if left == part or not runs(int(left.name.removeprefix(f".part-{host}-").split("-")[0])):
+                discard(left)  # of a process that was killed
         yield part
         for file in [part] if part.is_file() else sorted(part.rglob("*")):
             if file.is_file():
@@ -51,6 +55,17 @@ def aside(path: Path) -> Iterator[Path]:
     except BaseException:
         discard(part)
         raise
+
+
+def runs(process: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def discard(path: Path) -> None:

@@ -70,10 +70,14 @@ def points(path: Path) -> list[Point]:
         parts = [grid.grid, plain.run, variant, "" if seed is None else f"s{seed}", protocol or ""]
         changes: dict[str, Any] = {"run": "-".join(part for part in parts if part)}
         changes |= {} if seed is None else {"seed": seed}
-        others = [each for each in plain.controls.other_protocols if each != protocol]
-        changes |= {} if protocol is None else {"controls": {"protocol": protocol, "other_protocols": others}}
-        changes = profiles.merge(profiles.merge(grid.changes, grid.variants.get(variant, {})), changes)
+        general = profiles.merge(grid.changes, grid.variants.get(variant, {}))
+        if protocol is not None:
+            given = general.get("controls", {}).get("other_protocols", plain.controls.other_protocols)
+            changes |= {"controls": {"protocol": protocol, "other_protocols": [each for each in given if each != protocol]}}
+        changes = profiles.merge(general, changes)
         settings = profiles.load(profile, changes)
+        if settings.run == grid.grid or (paths.figures_dir(grid.grid) / "manifest.json").exists():
+            raise CorecError(f"{path}: the results of a run are in figures/{grid.grid}: change `grid`.")
         if "figures" not in settings.stages:
             raise CorecError(f"{path}: run {name!r} has no stage 'figures': a grid takes runs that have it.")
         found.append(
@@ -101,7 +105,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table
-        Rows of all runs, with the columns of :data:`SETTINGS` and ``k_figures``.
+        Rows of all runs under the protocol of the run, with the columns of :data:`SETTINGS` and ``k_figures``.
 
     Returns
     -------
@@ -152,11 +156,12 @@ def merge(path: Path) -> list[Path]:
         if not source.exists():
             raise CorecError(f"{source} is missing: `corec grid {path}` makes it.")
         k = profiles.load(point.profile, point.changes).figures.k
-        parts.append(evaluation.read(source).assign(base=point.base, variant=point.variant, k_figures=k))
+        rows = evaluation.read(source).assign(base=point.base, variant=point.variant, k_figures=k)
+        parts.append(rows.assign(own=rows["protocol"] == point.protocol))
     table = pd.concat(parts, ignore_index=True)
     written = [folder(path) / name for name in ("metrics.csv", "grid.csv", "grid.png")]
-    files.write_csv(written[0], table.drop(columns="k_figures"), "%.6g")
-    summary = over_seeds(table)
+    files.write_csv(written[0], table.drop(columns=["k_figures", "own"]), "%.6g")
+    summary = over_seeds(table[table["own"]])
     files.write_csv(written[1], summary, "%.5g")
     with sns.axes_style("whitegrid"):
         figure = draw(summary)

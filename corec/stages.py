@@ -7,8 +7,11 @@ Runs share stages. The folder of a stage that does not depend on the name of the
 the key is a digest of the parameters of the stage and of all before it; ``runs/<run>/<stage>`` is a link to it.
 """
 
+import contextlib
+import errno
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -20,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corec import CorecError, files, machine, paths
+from corec import CorecError, code, files, machine, paths, schemes
 from corec.params import WITHOUT_EFFECT, Params
 
 NOTEBOOKS = {
@@ -53,10 +56,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
 SECTIONS = {
     "controls": ("controls", "evidence"),
     "evaluation": ("evaluation", "figures"),
-    "retriever_study": ("sasrec", "study"),
-    "prompt_study": ("reranker", "study"),
-    "missing_metadata": ("reranker", "study"),
-    "transfer": ("reranker", "study"),
+    "retriever_study": ("sasrec", "study", "evaluation", "figures"),
+    "prompt_study": ("reranker", "study", "evaluation", "figures"),
+    "missing_metadata": ("reranker", "study", "evaluation", "figures"),
+    "transfer": ("reranker", "study", "evaluation", "figures"),
 }
 # Stages that write into figures/<run>/. Their folders belong to one run.
 OF_ONE_RUN = ("figures", "retriever_study", "prompt_study", "efficiency", "missing_metadata", "transfer")
@@ -83,6 +86,29 @@ def key(settings: Params, stage: str) -> str:
     return files.digest([section(settings, stage, defaults=False), [key(settings, need) for need in NEEDS[stage]]])
 
 
+def own_files(settings: Params, stage: str) -> list[Any]:
+    """Name, size and time of modification of the user's files that a stage reads, and for ``controls`` the scheme."""
+    named = {"data": [settings.data.path, settings.data.tagger], "controls": [settings.evidence.text]}.get(stage, [])
+    if "reranker" in SECTIONS.get(stage, (stage,)):
+        named = [settings.reranker.backbone]
+    folders = [paths.from_root(each) for each in named if each]
+    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    facts: list[Any] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+    scheme = schemes.load_scheme(settings.controls.scheme) if stage == "controls" else ()
+    return [*facts, *(attribute.model_dump(mode="json") for attribute in scheme)]
+
+
+def fingerprint(settings: Params, stage: str) -> str:
+    """Digest of all that a stage is made from, other stages excepted: its parameters, its code, and the user's files.
+
+    Raises
+    ------
+    CorecError
+        If the notebook of the stage is missing.
+    """
+    return files.digest([section(settings, stage), code.of_notebook(NOTEBOOKS[stage]), own_files(settings, stage)])
+
+
 def store_dir(settings: Params, stage: str) -> Path:
     """Folder that holds the files of a stage: in the store, or that of the run for a stage of :data:`OF_ONE_RUN`."""
     shared = paths.root() / "runs" / ".store" / f"{stage}-{key(settings, stage)}"
@@ -107,7 +133,8 @@ def attach(settings: Params, stage: str) -> Path:
         now = section(settings, stage)
         same = before is None or not differences(now, with_defaults(before, now, stage))  # unfinished: perhaps a checkpoint
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place.rename(folder if same and not folder.exists() else place.with_name(f"{stage}.old"))
+        others = (place.with_name(f"{stage}.old{number or ''}") for number in itertools.count())
+        place.rename(folder if same and not folder.exists() else next(path for path in others if not path.exists()))
     folder.mkdir(parents=True, exist_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     link = place.with_name(f".{stage}.{os.getpid()}")
@@ -131,7 +158,8 @@ def record_in(folder: Path) -> dict[str, Any] | None:
     """The record in the folder of a stage (see :func:`read_record`)."""
     try:
         record: dict[str, Any] = json.loads((folder / "stage.json").read_text())
-        whole = {"stage", "identity", "made_from", "params", "outputs"} <= record.keys()
+        whole = record.pop("checksum", None) in (None, files.digest(record))
+        whole = whole and {"stage", "identity", "made_from", "params", "outputs"} <= record.keys()
         whole = whole and all({"sha256", "bytes", "modified_ns"} <= facts.keys() for facts in record["outputs"].values())
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return None
@@ -180,21 +208,6 @@ def changed_files(folder: Path, record: dict[str, Any], digests: bool = False) -
         same_size = status.st_size == facts["bytes"]
         if not same_size or ((digests or not same_time) and files.sha256(path) != facts["sha256"]):
             yield f"{path} has changed since stage {record['stage']!r} wrote it"
-
-
-def verify(run: str) -> list[str]:
-    """Compare the digests of all files that the finished stages of a run have recorded; returns one sentence per difference.
-
-    Raises
-    ------
-    CorecError
-        If the run has no finished stage.
-    """
-    records = {name: record for name in NOTEBOOKS if (record := read_record(run, name)) is not None}
-    if not records:
-        raise CorecError(f"There is no finished stage of a run {run!r} in {paths.root() / 'runs'}: name one of its folders.")
-    folders = {name: paths.stage_dir(run, name) for name in records}
-    return [fault for name, record in records.items() for fault in changed_files(folders[name], record, digests=True)]
 
 
 def differences(now: Any, then: Any, name: str = "") -> list[str]:
@@ -248,6 +261,7 @@ class Stage:
     params: dict[str, Any]
     made_from: dict[str, str]
     lock: int | None  # file descriptor; see :func:`hold`
+    fingerprint: str | None  # see :func:`fingerprint`; None outside a project's folder
     started: float = field(default_factory=time.time)
 
     @property
@@ -269,6 +283,7 @@ class Stage:
             "stage": self.name,
             "identity": files.digest([self.params, self.made_from, {name: each["sha256"] for name, each in written.items()}]),
             "made_from": self.made_from,
+            "fingerprint": self.fingerprint,
             "params": self.params,
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": machine.peak_memory_mb(),
@@ -276,7 +291,7 @@ class Stage:
             "outputs": written,
             **facts,
         }
-        files.write_json(self.folder / "stage.json", record)
+        files.write_json(self.folder / "stage.json", record | {"checksum": files.digest(record)})
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
@@ -297,9 +312,11 @@ def hold(folder: Path) -> int:
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(lock)
-        raise CorecError(f"Another process is working in {folder}: wait until it has ended, or stop it.") from None
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CorecError(f"Another process is working in {folder}: wait until it has ended, or stop it.") from None
+        raise CorecError(f"{folder} cannot be locked ({error.strerror}): use a file system with locks.") from None
     return lock
 
 
@@ -319,7 +336,10 @@ def start(settings: Params, name: str) -> Stage:
         require(settings.run, missing[-1])
     made_from = {need: check(settings, need) for need in NEEDS[name]}
     folder = attach(settings, name)
-    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder))
+    made_by = None
+    with contextlib.suppress(CorecError):  # no notebooks: a folder of its own, as in tests
+        made_by = fingerprint(settings, name)
+    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder), made_by)
     (folder / "stage.json").unlink(missing_ok=True)
     return stage
 

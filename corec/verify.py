@@ -4,6 +4,7 @@
 their own, and compares each number with the first one.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -21,8 +22,10 @@ import yaml
 from matplotlib.figure import Figure
 
 from corec import CorecError, evaluation, figures, files, frontier, pages, paths
+from corec.params import Params
 
 KEYS = "dataset protocol K n_tokens tau model seed metric k".split()
+PATHS = (("data", "path"), ("data", "tagger"), ("controls", "scheme"), ("evidence", "text"), ("reranker", "backbone"))
 SAME = 2.0  # root mean square of the difference of the pixels, of 255, up to which two pictures are the same
 
 
@@ -57,9 +60,36 @@ def digests(folder: Path) -> Iterator[str]:
 
 def outdated_pages(folder: Path) -> Iterator[str]:
     """Compare the result pages of a folder with its CSV files; yields a sentence per page that differs."""
-    for path, text in pages.pages_of(folder).items():
-        if not path.exists() or path.read_text() != text:
-            yield f"{path} does not agree with the CSV files"
+    with readable(folder):
+        if not (folder / "results.md").exists():
+            yield f"{folder / 'results.md'} is missing"
+            return
+        for path, text in pages.pages_of(folder).items():
+            if not path.exists() or path.read_text() != text:
+                yield f"{path} does not agree with the CSV files"
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Re-raise errors of reading the files of a folder as a CorecError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, SyntaxError) as error:
+        reason = f"a file in {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        raise CorecError(f"{reason}: take it from the repository, or make the run again.") from None
+
+
+def faults(folder: Path) -> list[str]:
+    """All differences of a folder of results from its manifest and its data, a sentence each.
+
+    Pages and pictures are compared only if the files have the digests of the manifest.
+
+    Raises
+    ------
+    CorecError
+        If there is no manifest, or a file cannot be read.
+    """
+    return list(digests(folder)) or [*outdated_pages(folder), *pictures(folder)]
 
 
 def redrawn(folder: Path) -> Iterator[tuple[Path, Figure]]:
@@ -77,7 +107,7 @@ def redrawn(folder: Path) -> Iterator[tuple[Path, Figure]]:
 
 def pictures(folder: Path) -> Iterator[str]:
     """Compare the pictures of a run with those drawn from its CSV files; yields a sentence per picture that differs."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, readable(folder):
         for path, figure in redrawn(folder):
             again = Path(scratch) / path.name
             files.write_picture(again, figure)
@@ -109,24 +139,27 @@ def rerun(folder: Path) -> pd.DataFrame:
     Raises
     ------
     CorecError
-        If the second run stops.
+        If the manifest is that of an earlier version whose parameters have changed, or the second run stops.
     """
     found = manifest(folder)
-    root = paths.root() / "runs" / ".verify" / str(found["run"])
-    root.mkdir(parents=True, exist_ok=True)
-    for name in ("notebooks", "params"):
-        if not (root / name).exists():
-            (root / name).symlink_to(paths.root() / name)
     values = found["params"]
-    if values["data"]["path"]:
-        values["data"]["path"] = str(paths.from_root(values["data"]["path"]))
+    run = Params.checked(values, str(folder / "manifest.json")).run
+    root = paths.root() / "runs" / ".verify" / run
+    files.discard(root)
+    root.mkdir(parents=True)
+    for name in ("notebooks", "params"):
+        (root / name).symlink_to(paths.root() / name)
+    for part, name in PATHS:
+        place = paths.from_root(values[part].get(name) or "")
+        if values[part].get(name) and place.exists():
+            values[part][name] = str(place)
     files.write_text(root / "run.yaml", yaml.safe_dump(values, sort_keys=False))
     command = [sys.executable, "-m", "corec", "run", str(root / "run.yaml"), "--only", "figures"]
     search = os.pathsep.join(filter(None, [str(paths.checkout()), os.environ.get("PYTHONPATH")]))
     environment = {"COREC_ROOT": str(root), "COREC_CACHE": str(paths.cache_dir()), "PYTHONPATH": search}
     if subprocess.run(command, env=os.environ | environment, check=False).returncode:
-        raise CorecError(f"the second run of {found['run']!r} stopped: correct the fault named above; its files are in {root}.")
-    return numbers(folder, root / "figures" / str(found["run"]))
+        raise CorecError(f"the second run of {run!r} stopped: correct the fault named above; its files are in {root}.")
+    return numbers(folder, root / "figures" / run)
 
 
 def numbers(first: Path, second: Path) -> pd.DataFrame:

@@ -18,12 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corec import CorecError, code, files, paths, profiles, stages
+from corec import CorecError, files, paths, profiles, stages
 from corec.conflicts import in_missing
 from corec.params import Params
 
 SPINS = 5_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
 PROFILE = "profiles/local"
+# Environment variables that Snakemake sets to the number of threads of a rule.
+THREADS = tuple(
+    f"{name}_THREADS" for name in ("OMP_NUM", "GOTO_NUM", "OPENBLAS_NUM", "MKL_NUM", "VECLIB_MAXIMUM", "NUMEXPR_NUM", "NUMBA_NUM")
+)
 
 
 class Target(NamedTuple):
@@ -44,7 +48,7 @@ class Job(NamedTuple):
     stage: str
     target: Target  # a run that uses it
     needs: tuple[str, ...]  # records of other stages
-    digest: str  # of parameters and code
+    digest: str  # see :func:`corec.stages.fingerprint`
 
 
 def pattern(stage: str) -> str:
@@ -72,22 +76,30 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
         settings = target.settings()
         if runs.setdefault(settings.run, settings) != settings:
             raise CorecError(f"{target.profile}: another run of this command is also named {settings.run!r}: change its `run`.")
-        wanted = target.stages or settings.stages
-        if "missing_metadata" in wanted and (fault := in_missing(settings)):
+        if "missing_metadata" in (target.stages or settings.stages) and (fault := in_missing(settings)):
             raise CorecError(f"{target.profile}: {fault}")
-        needed = {name for stage in wanted for name in (stage, *stages.ancestors(stage))}
-        for stage in (name for name in stages.NOTEBOOKS if name in needed):
-            needs = [record(settings, need) for need in stages.NEEDS[stage]]
-            if stage == "transfer" and settings.study.source not in (None, settings.run):
-                source = str(settings.study.source)
-                if source in runs:
-                    needs.append(record(runs[source], "reranker"))
-                else:
-                    stages.require(source, "reranker")
-                    needs.append(f"runs/{source}/reranker/stage.json")
-            digest = files.digest([stages.section(settings, stage), code.of_stage(stage)])
-            jobs.setdefault(record(settings, stage), Job(stage, target, tuple(needs), digest))
+        for stage in needed(target, settings):
+            needs = tuple(record(settings, need) for need in stages.NEEDS[stage])
+            job = Job(stage, target, needs, stages.fingerprint(settings, stage))
+            jobs.setdefault(record(settings, stage), job)
+    for path, job in jobs.items():
+        source = job.target.settings().study.source
+        if job.stage == "transfer" and source not in (None, job.target.settings().run):
+            made = record(runs[source], "reranker") if source in runs else None
+            jobs[path] = job._replace(needs=(*job.needs, made if made in jobs else finished_record(str(source), "reranker")))
     return jobs
+
+
+def needed(target: Target, settings: Params) -> list[str]:
+    """Stages of a target and those before them, in the order of the notebooks."""
+    names = {name for stage in target.stages or settings.stages for name in (stage, *stages.ancestors(stage))}
+    return [name for name in stages.NOTEBOOKS if name in names]
+
+
+def finished_record(run: str, stage: str) -> str:
+    """Path of the record of a finished stage of another run, links resolved (raises CorecError if it has not finished)."""
+    stages.require(run, stage)
+    return str((paths.stage_dir(run, stage) / "stage.json").resolve())
 
 
 def read_config(config: Mapping[str, Any]) -> list[Target]:
@@ -105,14 +117,19 @@ def read_config(config: Mapping[str, Any]) -> list[Target]:
     raise CorecError("Snakemake needs a run: give --config params=params/ml-100k.yaml, or use `corec run`.")
 
 
-def discard_damaged(jobs: Mapping[str, Job]) -> Iterator[str]:
-    """Delete the records of stages whose files have changed, so that they run again; yields a sentence for each."""
+def discard_outdated(jobs: Mapping[str, Job]) -> Iterator[str]:
+    """Delete the records of stages whose parameters, code or files have changed, so that they run again; a sentence for each."""
     for path, job in jobs.items():
         place = paths.root() / path
         if not place.exists():
             continue
         found = stages.record_in(place.parent)
-        fault = f"{place} is damaged" if found is None else next(stages.changed_files(place.parent, found, digests=True), None)
+        if found is None:
+            fault: str | None = f"{place} is damaged"
+        elif found.get("fingerprint") != job.digest:
+            fault = f"Parameters, code or files of stage {job.stage!r} have changed"
+        else:
+            fault = next(stages.changed_files(place.parent, found, digests=True), None)
         if fault:
             place.unlink()
             yield f"{fault}: stage {job.stage!r} is run again"
@@ -170,7 +187,7 @@ def run(targets: Sequence[Target], profile: str = PROFILE, force: bool = False, 
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         print(f"GOMP_SPINCOUNT={SPINS}: waiting threads sleep soon, so that other programs slow the run less", flush=True)
     jobs = plan(targets)
-    for fault in discard_damaged(jobs):
+    for fault in discard_outdated(jobs):
         print(fault, flush=True)
     for target in targets:
         link(target)
@@ -205,20 +222,20 @@ def dag(targets: Sequence[Target], grid: Path | None = None) -> str:
 def link(target: Target) -> None:
     """Link the stages of a run, finished or not, and their executed notebooks, from the folder of the run."""
     settings = target.settings()
-    wanted = target.stages or settings.stages
-    needed = {name for stage in wanted for name in (stage, *stages.ancestors(stage))}
     notebooks = paths.root() / "runs" / settings.run / "notebooks"
     notebooks.mkdir(parents=True, exist_ok=True)
-    for stage in needed:
+    for stage in needed(target, settings):
         stages.attach(settings, stage)
         place = notebooks / f"{stages.NOTEBOOKS[stage]}.ipynb"
-        place.unlink(missing_ok=True)
-        place.symlink_to(Path("..", stage, place.name))
+        new = place.with_name(f".{place.name}.{os.getpid()}")
+        new.symlink_to(Path("..", stage, place.name))
+        new.replace(place)
 
 
 def call(line: Sequence[str]) -> int:
     """Run a command in a process group of its own, to which an interrupt is passed on once; returns the exit status."""
-    with subprocess.Popen(line, start_new_session=True, env=os.environ | {"PYTHONPATH": search_path()}) as process:
+    threads = {f"COREC_{name}": os.environ[name] for name in THREADS if name in os.environ}
+    with subprocess.Popen(line, start_new_session=True, env=os.environ | threads | {"PYTHONPATH": search_path()}) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -226,6 +243,14 @@ def call(line: Sequence[str]) -> int:
             process.terminate()  # Snakemake starts no further job
             process.wait()
             raise
+
+
+def restore_threads() -> None:
+    """Undo Snakemake's limits of threads, which would leave one thread to the only job; the user's own limit stays."""
+    for name in THREADS:
+        os.environ.pop(name, None)
+        if (given := os.environ.get(f"COREC_{name}")) is not None:
+            os.environ[name] = given
 
 
 def take_interrupts() -> None:
@@ -303,7 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="papermill")
     take_interrupts()
     try:
-        execute(plan(read_config(json.loads(config)))[path])
+        targets = read_config(json.loads(config))
+        if (job := plan(targets).get(path)) is None:
+            names = ", ".join(target.profile for target in targets)
+            raise CorecError(f"{names} was changed during the run: give the command again.")
+        restore_threads()
+        execute(job)
     except CorecError as error:
         print(f"corec: {error}", file=sys.stderr)
         return 1

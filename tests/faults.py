@@ -66,7 +66,8 @@ class Project:
     def run(self) -> tuple[int, str]:
         """Run the reproduction to its end; returns exit status and output."""
         with self.start() as process:
-            return process.wait(), process.stdout.read() if process.stdout else ""
+            output, _ = process.communicate()
+            return process.returncode, output
 
     def digest(self) -> str:
         """Digest of all results as numbers."""
@@ -74,7 +75,7 @@ class Project:
         return files.digest([files.sha256(figures / name) for name in ("metrics.csv", "per_user.parquet", "comparisons.csv")])
 
     def half_written(self) -> list[str]:
-        """Files without a record that stand under the name of a finished file and cannot be read."""
+        """Faults of the files of finished stages."""
         faults = []
         for folder in (self.root / "runs" / ".store").glob("*"):
             record = stages.record_in(folder)

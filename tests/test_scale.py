@@ -170,7 +170,7 @@ def test_every_launch_names_its_command() -> None:
     assert profiles.load(PROJECT / "params" / "amazon-electronics.yaml").reranker.batch_size == 4
 
 
-def test_shards_together_give_the_same_scores_bit_for_bit(atomic: Path, tmp_path: Path) -> None:
+def test_shards_together_give_the_same_scores_bit_for_bit(project: Path, atomic: Path, tmp_path: Path) -> None:
     world = World(atomic)
     model = world.build(world.params(eval_batch_size=3))
     whole = reranker.score_split(model, world.examples, "test", world.controls)

@@ -147,9 +147,6 @@ def score(
     return score_parts(reranker, examples, pools, requests, report).total()
 
 
-WHOLE = (0, 1)  # the shard that holds all batches
-
-
 @torch.inference_mode()
 def score_parts(
     reranker: Reranker,
@@ -157,7 +154,7 @@ def score_parts(
     pools: Pools,
     requests: Sequence[np.ndarray],
     report: str | None = None,
-    shard: tuple[int, int] = WHOLE,
+    shard: tuple[int, int] | None = None,
 ) -> Scores:
     """Score the candidates of every window under its R requests.
 
@@ -174,8 +171,8 @@ def score_parts(
     report
         Label of a progress line, printed every 20 s; None for no progress lines.
     shard
-        Number of the shard, from 0, and number of shards. Shards consist of whole batches, so that together they give the same
-        numbers, bit for bit. The scores of the other windows are NaN.
+        Number of the shard, from 0, and number of shards; None for all windows. Shards consist of whole batches, so that together
+        they give the same numbers, bit for bit. The scores of the other windows are NaN.
 
     Raises
     ------
@@ -187,9 +184,8 @@ def score_parts(
     reranker.prompter.report_cut()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prefix))
     shape = (len(rows), len(rows[0].suffixes), pools.candidates.shape[1])
-    empty = 0.0 if shard == WHOLE else np.nan
-    found, shown = Scores(*(np.full(shape, empty, np.float32) for _ in Scores._fields)), time.monotonic()
-    size, (number, of) = reranker.params.eval_batch_size, shard
+    found, shown = Scores(*(np.full(shape, np.nan, np.float32) for _ in Scores._fields)), time.monotonic()
+    size, (number, of) = reranker.params.eval_batch_size, shard or (0, 1)
     for start in range(number * size, len(order), of * size):
         part = order[start : start + size]
         found.prior[part] = 0
@@ -236,7 +232,7 @@ def score_split(
     split: str,
     params: ControlsParams,
     kept: Path | None = None,
-    shard: tuple[int, int] = WHOLE,
+    shard: tuple[int, int] | None = None,
 ) -> dict[str, Scores]:
     """Scores of the windows of a split by protocol, under one request of each length in ``params.n_tokens``.
 
@@ -262,11 +258,11 @@ def score_split(
     requests = [request for part in asked.values() for request in part]
     label = f"{reranker.params.readout}, {split}"
     pools, found = prepared.pools[split], None
-    if kept is not None:
+    if kept is not None and shard is None:
         found = shards.gather(kept / shards.identity(reranker, pools, requests), len(pools.window))
     if found is None:
         found = score_parts(reranker, examples, pools, requests, label, shard)
-        if kept is not None and shard != WHOLE:
+        if kept is not None and shard is not None:
             shards.save(found, kept / shards.identity(reranker, pools, requests), *shard)
     else:
         print(f"{label}: all {len(pools.window)} windows were scored in shards", flush=True)

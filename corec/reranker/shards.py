@@ -2,20 +2,21 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corec import files
+from corec import code, files
 from corec.controls import Pools
 from corec.scores import Scores
 
 
 def identity(reranker: Any, pools: Pools, requests: Sequence[np.ndarray]) -> str:
-    """Digest of the trained head, the settings that change scores, the windows, their candidates and the requests."""
-    hashed = hashlib.sha256()
+    """Digest of the code, the trained head, the settings of the re-ranker, the windows, their candidates and the requests."""
+    hashed = hashlib.sha256(code.of_notebook("04_reranker").encode())
     for _, value in sorted(reranker.head.state_dict().items()):
         hashed.update(value.detach().float().cpu().numpy().tobytes())
     for array in (pools.window, pools.candidates, *requests):
@@ -38,10 +39,14 @@ def gather(folder: Path, windows: int) -> Scores | None:
         try:
             with np.load(path) as kept:
                 part = Scores(*(kept[name] for name in Scores._fields))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+            print(f"{path} is damaged: it does not count", flush=True)
+            continue
         if len(part.prior) != windows:
-            return None
+            continue
         pairs = zip(joined or part, part, strict=True)
         joined = Scores(*(np.where(np.isnan(left), right, left) for left, right in pairs))
-    return None if joined is None or np.isnan(joined.control).any() else joined
+    if joined is not None and (missing := int(np.isnan(joined.control).any(axis=(1, 2)).sum())):
+        print(f"{folder}: the shards lack {missing} of {windows} windows, so all are scored here", flush=True)
+        return None
+    return joined

@@ -41,7 +41,10 @@ def score(file: Path, number: int, of: int) -> None:
     examples = reranker.load_examples(tables.windows, prepared, scores.load_evidence(settings.run))
     params, models = settings.reranker, {}
     trained = reranker.build(tables.items, prepared.vocabulary, params, settings.seed)
-    reranker.train(trained, examples, settings, folder)  # returns at once: all steps are done
+    done = reranker.train(trained, examples, settings, folder, stop_after=1)  # computes nothing if the checkpoint has a step
+    if len(done) < params.curriculum_steps + params.steps and done["seconds"].iloc[-1] < 60 * params.max_minutes:
+        reason = f"{folder / 'checkpoint.pt'} has only {len(done)} steps"
+        raise CorecError(f"{reason}: finish the fine-tuning first, with corec.scale.launch.")
     models["corec"] = engine.merge(trained)
     if params.zero_shot:
         models["zero-shot"] = engine.merge(reranker.zero_shot(tables.items, prepared.vocabulary, params))
