@@ -118,10 +118,17 @@ def read_config(config: Mapping[str, Any]) -> list[Target]:
 
 
 def discard_outdated(jobs: Mapping[str, Job]) -> Iterator[str]:
-    """Delete the records of stages whose parameters, code or files have changed, so that they run again; a sentence for each."""
+    """Delete the records of stages whose parameters, code or files have changed, so that they run again; a sentence for each.
+
+    The stages after a stage that has not finished, or whose record is deleted, lose their records too: Snakemake would not make
+    a missing file again from which nothing is to be made.
+    """
+    unfinished: set[str] = set()
     for path, job in jobs.items():
         place = paths.root() / path
-        if not place.exists():
+        if not place.exists() or unfinished & set(job.needs):
+            unfinished.add(path)
+            place.unlink(missing_ok=True)
             continue
         found = stages.record_in(place.parent)
         if found is None:
@@ -131,6 +138,7 @@ def discard_outdated(jobs: Mapping[str, Job]) -> Iterator[str]:
         else:
             fault = next(stages.changed_files(place.parent, found, digests=True), None)
         if fault:
+            unfinished.add(path)
             place.unlink()
             yield f"{fault}: stage {job.stage!r} is run again"
 
