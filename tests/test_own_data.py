@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from corec import CorecError, controls, data
+from corec.data import atomic
 from corec.params import ControlsParams, DataParams
 
 INTER = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
@@ -150,3 +151,9 @@ def test_when_nothing_is_left_the_sentence_says_what_emptied_the_table(tmp_path:
         CorecError, match=r"160 distinct interactions, 0 of users and items that keep 500 or more\): lower data.min"
     ):
         data.prepare(params.model_copy(update={"core": 500}))
+
+
+def test_a_column_twice_in_the_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.inter").write_text("user_id:token\tuser_id:token\titem_id:token\ttimestamp:float\nu\tv\ti\t1\n")
+    with pytest.raises(CorecError, match=r"a.inter has the column 'user_id' twice in its header: give one of them another name"):
+        atomic.read_lines(tmp_path / "a.inter")

@@ -32,7 +32,7 @@ def read_lines(path: Path) -> Lines:
     Raises
     ------
     CorecError
-        If the file is missing, is not text, or has no header.
+        If the file is missing, is not text, or has no header or a column twice.
     """
     if not path.exists():
         raise CorecError(f"{path} is missing: put the file there, or leave the parameter data.path empty.")
@@ -45,6 +45,8 @@ def read_lines(path: Path) -> Lines:
         ) from None
     names = [name.split(":")[0] for name in header]
     types = {name.split(":")[0]: name.partition(":")[2] or "token" for name in header}
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise CorecError(f"{path} has the column {twice[0]!r} twice in its header: give one of them another name.")
     whole = [row for row in rows if len(row) == len(names)]
     return Lines(pd.DataFrame(whole, columns=names, dtype=str), types, len(rows) - len(whole))
 

@@ -258,7 +258,7 @@ def score_split(
     requests = [request for part in asked.values() for request in part]
     label = f"{reranker.params.readout}, {split}"
     pools, found = prepared.pools[split], None
-    if kept is not None and shard is None:
+    if kept is not None and shard is None and kept.is_dir():
         found = shards.gather(kept / shards.identity(reranker, pools, requests), len(pools.window))
     if found is None:
         found = score_parts(reranker, examples, pools, requests, label, shard)
