@@ -197,7 +197,10 @@ def full_disks(scratch: Path, data: Path, wanted: str, sizes: Sequence[float]) -
             project = Project(folder, data)
             status, output = project.run()
             said = sentence(output)
-            if status == 0 or said is None:
+            if status == 0:  # the disk was large enough
+                yield Outcome("disk full", f"{size:g} MB", EQUAL if project.digest() == wanted else FAILED)
+                continue
+            if said is None:
                 yield Outcome("disk full", f"{size:g} MB", FAILED, output[-1500:])
                 continue
             subprocess.run(["mount", "-o", "remount,size=400m", str(folder)], check=True)
