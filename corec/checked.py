@@ -1,7 +1,8 @@
 """Checked data: the base class of all parameters and schemes, and faults as one sentence."""
 
 import difflib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,6 +41,16 @@ class Model(BaseModel):
         """Copy with other values. Unlike pydantic's method, it runs all checks (raises CorecError)."""
         values = {name: getattr(self, name) for name in type(self).model_fields} | dict(update or {})
         return self.checked(values)
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Do the work of a command; returns its exit status. A CorecError is printed as one sentence, and the status is 1."""
+    try:
+        work()
+    except CorecError as error:
+        print(f"corec: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def first_fault(model: type[BaseModel], error: ValidationError) -> str:

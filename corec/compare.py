@@ -18,6 +18,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from corec import CorecError, evaluation, figures, files, paths
+from corec.checked import exit_status
 from corec.intervals import intervals, resamples
 from corec.pages import write_study
 from corec.params import Params
@@ -162,11 +163,8 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m corec.compare", description="Compare two runs.")
     arguments(parser)
-    try:
-        return show(parser.parse_args(given))
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
+    chosen = parser.parse_args(given)
+    return exit_status(lambda: show(chosen))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt
 
 from corec import CorecError, evaluation, figures, files, pages, paths, profiles
-from corec.checked import Model
+from corec.checked import Model, exit_status
 from corec.params import RUN_NAME, Protocol
 from corec.workflow import Target
 
@@ -174,12 +174,7 @@ def merge(path: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Join the tables of a grid: ``python -m corec.grid FILE``, as the rule of the Snakefile does; returns the exit status."""
     (path,) = arguments if arguments is not None else sys.argv[1:]
-    try:
-        print(*merge(Path(path)), sep="\n")
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: print(*merge(Path(path)), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
         if "missing_metadata" in (target.stages or settings.stages) and (fault := in_missing(settings)):
             raise CorecError(f"{target.profile}: {fault}")
         for stage in needed(target, settings):
-            needs = tuple(record(settings, need) for need in stages.NEEDS[stage])
-            job = Job(stage, target, needs, stages.fingerprint(settings, stage))
-            jobs.setdefault(record(settings, stage), job)
-    for path, job in jobs.items():
-        source = job.target.settings().study.source
-        if job.stage == "transfer" and source not in (None, job.target.settings().run):
+            if (path := record(settings, stage)) not in jobs:
+                needs = tuple(record(settings, need) for need in stages.NEEDS[stage])
+                jobs[path] = Job(stage, target, needs, stages.fingerprint(settings, stage))
+    for path, job in [each for each in jobs.items() if each[1].stage == "transfer"]:
+        settings = job.target.settings()
+        if (source := settings.study.source) not in (None, settings.run):
             made = record(runs[source], "reranker") if source in runs else None
             jobs[path] = job._replace(needs=(*job.needs, made if made in jobs else finished_record(str(source), "reranker")))
     return jobs

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from corec import CorecError, backbones, params, profiles, reranker, schemes
+from corec.checked import exit_status
 from corec.params import RerankerParams
 
 # Configurations of gated models, from their public model cards.
@@ -159,12 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tflops", type=float, default=45, help="TFLOP/s that a device reaches (default: an assumption, 45)")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
-    try:
-        print(report(profiles.load(options.params), options.tokens, options.tflops))
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: print(report(profiles.load(options.params), options.tokens, options.tflops)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from corec import CorecError, controls, data, machine, profiles, reranker, scores, stages
+from corec.checked import exit_status
 from corec.reranker import devices
 
 
@@ -92,12 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="accelerate launch -m corec.scale.launch", description="Fine-tune the re-ranker of a run on several devices."
     )
     parser.add_argument("--params", type=Path, required=True, help="parameter file, e.g. params/amazon-electronics.yaml")
-    try:
-        fine_tune(parser.parse_args(arguments).params)
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
-    return 0
+    given = parser.parse_args(arguments)
+    return exit_status(lambda: fine_tune(given.params))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corec import CorecError, controls, data, profiles, reranker, scores, stages
+from corec.checked import exit_status
 from corec.reranker import engine
 
 
@@ -61,12 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", type=int, required=True, help="number of the shard, from 0")
     parser.add_argument("--of", type=int, required=True, help="number of shards")
     given = parser.parse_args(arguments)
-    try:
-        score(given.params, given.shard, given.of)
-    except CorecError as error:
-        print(f"corec: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: score(given.params, given.shard, given.of))
 
 
 if __name__ == "__main__":
