@@ -17,11 +17,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, figures, files, paths
+from corec import CorecError, evaluation, figures, paths
 from corec.checked import exit_status
 from corec.intervals import intervals, resamples
-from corec.pages import write_study
 from corec.params import Params
+from corec.studies import keep_study
 
 NAMES = "metric n_tokens model a a_low a_high b b_low b_high difference low high paired users_a users_b run_a run_b k".split()
 
@@ -135,15 +135,9 @@ def make(first: Path, second: Path, folder: Path | None = None) -> list[Path]:
     """
     a, b = read(first), read(second)
     table = compare(a, b)
-    folder = folder or paths.root() / "figures" / f"{a.params.run}-vs-{b.params.run}"
-    written = [folder / "comparison.csv", folder / "comparison.png"]
-    files.write_csv(written[0], table, "%.5g")
+    folder = folder or paths.figures_dir(f"{a.params.run}-vs-{b.params.run}")
     with sns.axes_style("whitegrid"):
-        figure = draw(table)
-    files.write_picture(written[1], figure)
-    plt.close(figure)
-    write_study(folder)
-    return written
+        return keep_study(table, draw(table), folder / "comparison", "%.5g")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

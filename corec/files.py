@@ -10,9 +10,13 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from corec import CorecError
 
@@ -105,6 +109,21 @@ def write_parquet(path: Path, table: "pd.DataFrame") -> None:
     """Write a table as parquet without its index (see :func:`aside`)."""
     with aside(path) as part:
         table.to_parquet(part, index=False)
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays by name as an npz file (see :func:`aside`)."""
+    with aside(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+    """Read arrays by name from an npz file; None if the file is missing, damaged, or lacks one of them."""
+    try:
+        with np.load(path) as kept:
+            return {name: kept[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        return None
 
 
 def write_picture(path: Path, figure: "Figure") -> None:

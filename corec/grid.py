@@ -17,9 +17,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt
 
-from corec import CorecError, evaluation, figures, files, pages, paths, profiles
+from corec import CorecError, evaluation, figures, files, paths, profiles
 from corec.checked import Model, exit_status
 from corec.params import RUN_NAME, Protocol
+from corec.studies import keep_study
 from corec.workflow import Target
 
 SETTINGS = ["base", "variant", "protocol"]  # what the runs of a grid differ in, other than the seed
@@ -96,7 +97,7 @@ def targets(path: Path) -> list[Target]:
 
 def folder(path: Path) -> Path:
     """Folder of the tables of a grid."""
-    return paths.root() / "figures" / load(path).grid
+    return paths.figures_dir(load(path).grid)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,16 +160,10 @@ def merge(path: Path) -> list[Path]:
         rows = evaluation.read(source).assign(base=point.base, variant=point.variant, k_figures=k)
         parts.append(rows.assign(own=rows["protocol"] == point.protocol))
     table = pd.concat(parts, ignore_index=True)
-    written = [folder(path) / name for name in ("metrics.csv", "grid.csv", "grid.png")]
-    files.write_csv(written[0], table.drop(columns=["k_figures", "own"]), "%.6g")
-    summary = over_seeds(table[table["own"]])
-    files.write_csv(written[1], summary, "%.5g")
+    whole, summary = folder(path) / "metrics.csv", over_seeds(table[table["own"]])
+    files.write_csv(whole, table.drop(columns=["k_figures", "own"]), "%.6g")
     with sns.axes_style("whitegrid"):
-        figure = draw(summary)
-    files.write_picture(written[2], figure)
-    plt.close(figure)
-    pages.write_study(written[0].parent)
-    return written
+        return [whole, *keep_study(summary, draw(summary), folder(path) / "grid", "%.5g")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

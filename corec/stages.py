@@ -149,6 +149,13 @@ def ancestors(stage: str) -> list[str]:
     return [name for name in NOTEBOOKS if name in names]
 
 
+def attach_finished(settings: Params, names: Iterable[str]) -> None:
+    """Link the stages `names` that have finished with these parameters, in this run or another one."""
+    for name in names:
+        if record_in(store_dir(settings, name)) is not None:
+            attach(settings, name)
+
+
 def read_record(run: str, stage: str) -> dict[str, Any] | None:
     """Return the record of a stage, or None if the stage has not finished or its record is of an earlier version or damaged."""
     return record_in(paths.stage_dir(run, stage))
@@ -238,9 +245,7 @@ def check(settings: Params, stage: str) -> str:
         If a stage is missing or outdated (see :func:`require`), or was run with other parameters, which are named.
     """
     chain = [*ancestors(stage), stage]
-    for name in chain:
-        if record_in(store_dir(settings, name)) is not None:
-            attach(settings, name)
+    attach_finished(settings, chain)
     record = require(settings.run, stage)
     for name in chain:
         now, before = section(settings, name), (read_record(settings.run, name) or {}).get("params")
@@ -329,9 +334,7 @@ def start(settings: Params, name: str) -> Stage:
         If a needed stage is missing, outdated, or was run with other parameters (see :func:`check`), or if another process runs
         the stage.
     """
-    for need in ancestors(name):
-        if record_in(store_dir(settings, need)) is not None:
-            attach(settings, need)
+    attach_finished(settings, ancestors(name))
     if missing := [need for need in ancestors(name) if read_record(settings.run, need) is None]:
         require(settings.run, missing[-1])
     made_from = {need: check(settings, need) for need in NEEDS[name]}

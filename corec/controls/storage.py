@@ -72,8 +72,7 @@ def save(prepared: Prepared, windows: pd.DataFrame, folder: Path, protocol: str 
     with files.aside(folder / "values_of.npy") as part, part.open("wb") as file:
         np.save(file, vocabulary.values_of)
     others: dict[str, Any] = {f"{name} {n}": request for (name, n), request in prepared.others.items()}
-    with files.aside(folder / "other_requests.npz") as part, part.open("wb") as file:
-        np.savez(file, **others)
+    files.write_arrays(folder / "other_requests.npz", **others)
     dataset, target = to_dataset(prepared, windows), folder / "dataset"
     count, k = sum(map(len, dataset.values())), prepared.pools["train"].candidates.shape[1]
     card = CARD.format(windows=count, k=k, lengths=", ".join(map(str, lengths)), protocol=protocol)

@@ -1,8 +1,6 @@
 """Scores of a part of the windows on disk, and their union: the files of :mod:`corec.scale.shards`."""
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,7 @@ def identity(reranker: Any, pools: Pools, requests: Sequence[np.ndarray]) -> str
 def save(scores: Scores, folder: Path, number: int, of: int) -> Path:
     """Write the scores of a shard [windows, R, K], NaN for the windows of other shards; returns the file."""
     path = folder / f"{number}-of-{of}.npz"
-    with files.aside(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **scores._asdict())
+    files.write_arrays(path, **scores._asdict())
     return path
 
 
@@ -36,12 +33,10 @@ def gather(folder: Path, windows: int) -> Scores | None:
     """Join the shards in `folder`; None if some of the `windows` are in none, or a file is damaged."""
     joined: Scores | None = None
     for path in sorted(folder.glob("*-of-*.npz")):
-        try:
-            with np.load(path) as kept:
-                part = Scores(*(kept[name] for name in Scores._fields))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        if (kept := files.read_arrays(path, Scores._fields)) is None:
             print(f"{path} is damaged: it does not count", flush=True)
             continue
+        part = Scores(**kept)
         if len(part.prior) != windows:
             continue
         pairs = zip(joined or part, part, strict=True)

@@ -1,6 +1,5 @@
 """Variants of the re-ranker that differ in one part, trained on the same windows, and what each part brings."""
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,11 +101,8 @@ class Variant(NamedTuple):
 
 def saved(path: Path) -> Variant | None:
     """Scores written by :func:`compare`, or None if the file is missing or damaged."""
-    try:
-        with np.load(path) as kept:
-            return Variant(Scores(*(kept[name] for name in Scores._fields)), int(kept["steps"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    kept = files.read_arrays(path, [*Scores._fields, "steps"])
+    return None if kept is None else Variant(Scores(*(kept[name] for name in Scores._fields)), int(kept["steps"]))
 
 
 def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Path) -> dict[str, Variant]:
@@ -141,8 +137,7 @@ def compare(items: pd.DataFrame, examples: Examples, params: Params, folder: Pat
             asked = exchanged(requests, len(prepared.vocabulary.labels), params.seed) if name == SHUFFLED else requests
             asked = [requests[params.controls.n_tokens.index(0)]] * len(requests) if name in TOKENLESS else asked
             kept = Variant(score_parts(model, examples, pools, asked, report=name), steps)
-            with files.aside(path_of[name]) as part, part.open("wb") as file:
-                np.savez(file, **kept.scores._asdict(), steps=steps)
+            files.write_arrays(path_of[name], **kept.scores._asdict(), steps=steps)
         if name != FULL:  # which other variants and the study of K use again
             (folder / name.replace(" ", "-") / "checkpoint.pt").unlink(missing_ok=True)
         found[name] = kept

@@ -4,7 +4,6 @@ The shop knows a vocabulary in which values are hidden or wrong (:mod:`corec.con
 use it. Requests and judgement use the true vocabulary.
 """
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -166,19 +165,15 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     identity = files.digest([sections, fingerprint(examples), given, priors])
     path = folder / f"{model}-{case.condition.missing:g}-{case.condition.wrong:g}-{case.condition.seed}-{identity}.npz"
-    try:
-        with np.load(path) as kept:
-            return Scores(*(kept[name] for name in Scores._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
+    if (kept := files.read_arrays(path, Scores._fields)) is not None:
+        return Scores(**kept)
     print(f"{model}: {case.condition.missing:.0%} missing, {case.condition.wrong:.0%} wrong, seed {own.seed}", flush=True)
     training = folder / "training"
     training.mkdir(parents=True, exist_ok=True)
     trained = build(tables.items, case.known, own.reranker, own.seed)
     train(trained, examples, own, training)
     found = score_parts(engine.merge(trained), examples, pools, requests, report=model)
-    with files.aside(path) as part, part.open("wb") as file:
-        np.savez(file, **found._asdict())
+    files.write_arrays(path, **found._asdict())
     (training / "checkpoint.pt").unlink(missing_ok=True)
     return found
 

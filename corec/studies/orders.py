@@ -92,8 +92,7 @@ def train_order(
     valid = valid_cp(reranker, examples, params) if len(params.study.rates) > 1 else np.nan
     pools, requests = examples.prepared.pools["test"], [examples.prepared.requests["test", n] for n in params.controls.n_tokens]
     scores = score(reranker, examples, pools, requests, report=label)
-    with files.aside(kept) as part, part.open("wb") as file:
-        np.savez(file, scores=scores, curve=curve.to_numpy(dtype=float), valid=valid)
+    files.write_arrays(kept, scores=scores, curve=curve.to_numpy(dtype=float), valid=valid)
     return steps
 
 
