@@ -14,10 +14,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, figures, paths
+from corec import CorecError, evaluation, figures, paths, style
 from corec.checked import exit_status
 from corec.intervals import intervals, resamples
 from corec.params import Params
@@ -136,7 +135,7 @@ def make(first: Path, second: Path, folder: Path | None = None) -> list[Path]:
     a, b = read(first), read(second)
     table = compare(a, b)
     folder = folder or paths.figures_dir(f"{a.params.run}-vs-{b.params.run}")
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return keep_study(table, draw(table), folder / "comparison", "%.5g")
 
 

@@ -35,6 +35,17 @@ MODELS = (
 ).split()
 ALONE = "no-prior no-token-alone corec-alone".split()  # scores of the language model without a prior, or without the retriever's
 METRICS = "ndcg hr cp cp_bonus cd cd_bonus ndcg_graded chp csr".split()
+MEANING = {
+    "ndcg": "relevance: is the target near the top?",
+    "hr": "relevance: is the target among the first k?",
+    "cp": "control: share of the first k that meet at least τ constraints",
+    "cp_bonus": "the same, as in the paper: the target counts as one more constraint met",
+    "cd": "control: rank of the first item that meets at least τ constraints (lower is better)",
+    "cd_bonus": "the same, as in the paper, with the bonus of the target",
+    "ndcg_graded": "the NDCG of the paper: gain = constraints met, with the bonus of the target",
+    "chp": "control: share of the first k that meet all constraints",
+    "csr": "control: share of the first k that meet a constraint, mean over the constraints",
+}
 ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, np.inf)
 
 
@@ -133,6 +144,43 @@ def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tupl
             result["chp", k, 0] = met[:, :k].all(axis=2).mean(axis=1)
             result["csr", k, 0] = met[:, :k].mean(axis=(1, 2))
     return result
+
+
+def control_by_attribute(
+    orders: Mapping[str, np.ndarray],
+    judged: Judged,
+    requests: np.ndarray,
+    attribute_of: np.ndarray,
+    names: Sequence[str],
+    k: int,
+) -> pd.DataFrame:
+    """Share of the top k that meets a constraint, by attribute of the constraint: CSR@k of each attribute.
+
+    Parameters
+    ----------
+    orders
+        Rankings [windows, K] by ranker.
+    judged, requests
+        The same windows, and their requests [windows, n]; -1 for no constraint.
+    attribute_of, names
+        Attribute of each value, and names of the attributes.
+    k
+        Cut-off.
+
+    Returns
+    -------
+    One row per attribute: ``constraints``, their number, and one column per ranker.
+    """
+    attribute = np.where(requests >= 0, attribute_of[requests], -1)
+    rows = {}
+    for number, name in enumerate(names):
+        chosen = attribute == number  # [windows, n]
+        if chosen.any():
+            met = {
+                model: np.take_along_axis(judged.met, order[:, :k, None], axis=1).mean(axis=1) for model, order in orders.items()
+            }
+            rows[name] = {"constraints": int(chosen.sum())} | {model: share[chosen].mean() for model, share in met.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def control_and_relevance(k: int, n: int) -> dict[str, tuple[str, int, int]]:

@@ -11,11 +11,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, frontier, paths, schemes, stages
+from corec import CorecError, evaluation, files, frontier, manifest, paths, schemes, stages, style
 from corec.params import Params
 
 SHOWN = "sasrec combiner hard-filter rule zero-shot no-token corec".split()  # the models of Figures 6 and 7
-PALETTE = dict(zip(SHOWN, sns.color_palette("colorblind", len(SHOWN)), strict=True))
 NAMES = {"ndcg": "NDCG", "cp": "CP"}
 FEW = 3  # largest number of control tokens in the summary
 
@@ -23,19 +22,20 @@ FEW = 3  # largest number of control tokens in the summary
 def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
     """Draw one line per model over `x`, with intervals as error bars; the models are shifted so that bars do not overlap."""
     for number, (model, rows) in enumerate(table.groupby("model", sort=False)):
-        rows = rows.sort_values(x)
-        errors = evaluation.error_bars(rows)
-        shift = 0.04 * (number - 2)
+        rows, mark = rows.sort_values(x), style.mark(str(model))
         axis.errorbar(
-            rows[x].astype(float) + shift, rows["value"], errors, label=str(model), color=PALETTE[str(model)],
-            marker="o", markersize=4, capsize=2, linewidth=1.2,
+            rows[x].astype(float) + 0.04 * (number - 2), rows["value"], evaluation.error_bars(rows), elinewidth=1, capsize=2,
+            color=mark.color, marker=mark.marker, linestyle=mark.line, linewidth=mark.width, markersize=5, label=str(model),
         )  # fmt: skip
     axis.set_xticks(sorted(table[x].unique()))
 
 
-def legend(figure: Figure) -> None:
-    """Add one legend for all axes on the right."""
-    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+def finish(figure: Figure, table: pd.DataFrame, name: str) -> Figure:
+    """Add a title, and one legend for all axes on the right; returns the figure."""
+    figure.suptitle(style.title(table, name), fontsize=10)
+    handles, models = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, [style.label(model) for model in models], loc="outside right center", frameon=False)
+    return figure
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,12 +64,11 @@ def figure8_table(table: pd.DataFrame, k: int) -> pd.DataFrame:
 
 def figure6(table: pd.DataFrame, k: int) -> Figure:
     """Plot control precision and NDCG by number of control tokens, from :func:`figure6_table`."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=style.WHOLE, layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         draw(axis, evaluation.pick(table, metric=metric), "n_tokens")
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
-    legend(figure)
-    return figure
+    return finish(figure, table, "Figure 6")
 
 
 def figure7(table: pd.DataFrame, k: int) -> Figure:
@@ -82,24 +81,23 @@ def figure7(table: pd.DataFrame, k: int) -> Figure:
         draw(axis, evaluation.pick(table, n_tokens=n), "tau")
         axis.set(xlabel=f"threshold τ of {n} control token{'s' if n > 1 else ''}")
     axes[0, 0].set(ylabel=f"CP@{k}")
-    legend(figure)
-    return figure
+    return finish(figure, table, "Figure 7")
 
 
 def figure8(table: pd.DataFrame, k: int) -> Figure:
     """Plot control precision and NDCG of SASRec, hard filter and COREC as bars, from :func:`figure8_table`."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=style.WHOLE, layout="constrained")
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         rows = evaluation.pick(table, metric=metric)
-        sns.barplot(rows, x="n_tokens", y="value", hue="model", palette=PALETTE, errorbar=None, ax=axis)
+        colors = {model: style.mark(model).color for model in rows["model"].unique()}
+        sns.barplot(rows, x="n_tokens", y="value", hue="model", palette=colors, errorbar=None, ax=axis)
         for bars, (_, model) in zip(list(axis.containers), rows.groupby("model", sort=False), strict=True):
             model = model.sort_values("n_tokens")
             centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]  # type: ignore[attr-defined]
             axis.errorbar(centres, model["value"], evaluation.error_bars(model), fmt="none", color="0.2", capsize=2, linewidth=1)
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
         axis.get_legend().remove()
-    legend(figure)
-    return figure
+    return finish(figure, table, "Figure 8")
 
 
 def make(table: pd.DataFrame, k: int, folder: Path, suffix: str = "") -> list[Path]:
@@ -129,7 +127,7 @@ def make(table: pd.DataFrame, k: int, folder: Path, suffix: str = "") -> list[Pa
         )
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         for name, rows_of, draw_it in (
             ("fig6", figure6_table, figure6),
             ("fig7", figure7_table, figure7),
@@ -353,7 +351,7 @@ def copy_extra(params: Params, folder: Path) -> list[Path]:
     (folder / "frontier.png").unlink(missing_ok=True)
     if (folder / "frontier.csv").exists():
         written.append(folder / "frontier.png")
-        with sns.axes_style("whitegrid"):
+        with style.figure_style():
             points = pd.read_csv(folder / "frontier.csv")
             figure = frontier.draw(points[points["protocol"] == params.controls.protocol], params.figures.k)
             files.write_picture(written[-1], figure)
@@ -381,7 +379,7 @@ def publish(table: pd.DataFrame, params: Params, facts: Mapping[str, Any]) -> li
         Other measurements for the results page, by name.
     """
     folder = paths.figures_dir(params.run)
-    record = stages.manifest(params, stages.ancestors("figures"))
+    record = manifest.collect(params, stages.ancestors("figures"))
     (folder / "manifest.json").unlink(missing_ok=True)
     written = make(of_protocol(table, 0), params.figures.k, folder)
     for old in folder.glob("fig[678]-*"):

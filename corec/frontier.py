@@ -10,10 +10,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import evaluation, rankers
+from corec import evaluation, rankers, style
 from corec.evaluation import Judged, order_by
 from corec.intervals import by_user, intervals, resamples
 from corec.params import Params
@@ -21,7 +20,7 @@ from corec.rankers import Ranked
 from corec.scores import Scores
 
 COLUMNS = "protocol K n_tokens model strength seed cp cp_low cp_high ndcg ndcg_low ndcg_high n_users".split()
-POINTS = {"sasrec": "v", "combiner": "^", "hard-filter": "s", "hard-filter+combiner": "D", "rule": "P", "rule+combiner": "X"}
+POINTS = ("sasrec", "combiner", "hard-filter", "hard-filter+combiner", "rule", "rule+combiner")
 NONE = -1.0  # strength of rankers without one
 Points = dict[tuple[int, str, float, int], np.ndarray]  # n, ranker, strength (-1: none), place of the seed -> [users, 2]
 
@@ -260,14 +259,28 @@ def draw(frame: pd.DataFrame, k: int) -> Figure:
         axis.axis("off")
     for axis, n in zip(axes.flat[: len(lengths)], lengths, strict=True):
         rows = whole[whole["n_tokens"] == n]
-        for model, colour in (("boost", "0.45"), ("corec", "tab:blue")):
-            curve = rows[rows["model"] == model].sort_values("strength")
-            axis.plot(curve["cp"], curve["ndcg"], color=colour, marker="o", markersize=3, label=model)
-            axis.fill_between(curve["cp"], curve["ndcg_low"], curve["ndcg_high"], color=colour, alpha=0.15, linewidth=0)
-        for (model, marker), colour in zip(POINTS.items(), sns.color_palette("colorblind", len(POINTS)), strict=True):
-            one = rows[rows["model"] == model]
+        for model in ("boost", "corec"):
+            curve, mark = rows[rows["model"] == model].sort_values("strength"), style.mark(model)
+            axis.plot(
+                curve["cp"], curve["ndcg"], color=mark.color, marker=mark.marker, markersize=4, linewidth=mark.width,
+                linestyle=mark.line, label=style.label(model),
+            )  # fmt: skip
+            axis.fill_between(curve["cp"], curve["ndcg_low"], curve["ndcg_high"], color=mark.color, alpha=0.15, linewidth=0)
+        for model in POINTS:
+            one, mark = rows[rows["model"] == model], style.mark(model)
             errors = evaluation.error_bars(one.rename(columns={"ndcg": "value", "ndcg_low": "low", "ndcg_high": "high"}))
-            axis.errorbar(one["cp"], one["ndcg"], errors, fmt=marker, color=colour, capsize=2, label=model)
+            axis.errorbar(
+                one["cp"],
+                one["ndcg"],
+                errors,
+                fmt=mark.marker,
+                color=mark.color,
+                markersize=6,
+                capsize=2,
+                label=style.label(model),
+            )
         axis.set(xlabel=f"CP@{k}, τ = n", ylabel=f"NDCG@{k}", title=f"{n} control token{'s' if n > 1 else ''}")
+    first = frame.iloc[0]
+    figure.suptitle(f"Frontier of control and relevance: requests {first['protocol']}, K = {first['K']}", fontsize=10)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

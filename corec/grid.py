@@ -13,11 +13,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt
 
-from corec import CorecError, evaluation, figures, files, paths, profiles
+from corec import CorecError, evaluation, figures, files, paths, profiles, style
 from corec.checked import Model, exit_status
 from corec.params import RUN_NAME, Protocol
 from corec.studies import keep_study
@@ -162,7 +161,7 @@ def merge(path: Path) -> list[Path]:
     table = pd.concat(parts, ignore_index=True)
     whole, summary = folder(path) / "metrics.csv", over_seeds(table[table["own"]])
     files.write_csv(whole, table.drop(columns=["k_figures", "own"]), "%.6g")
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return [whole, *keep_study(summary, draw(summary), folder(path) / "grid", "%.5g")]
 
 

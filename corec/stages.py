@@ -1,4 +1,4 @@
-"""The stages of a run: their inputs, the record of each finished stage, and the manifest of a run.
+"""The stages of a run: their inputs, and the record of each finished stage.
 
 A stage writes to ``runs/<run>/<stage>/``. Its ``stage.json`` is written last, so a stage without one has not finished. The
 record lists parameters, inputs and outputs, so that missing, changed and outdated stages are detected.
@@ -10,15 +10,12 @@ the key is a digest of the parameters of the stage and of all before it; ``runs/
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
 import itertools
 import json
 import os
 import platform
-import re
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,10 +60,6 @@ SECTIONS = {
 }
 # Stages that write into figures/<run>/. Their folders belong to one run.
 OF_ONE_RUN = ("figures", "retriever_study", "prompt_study", "efficiency", "missing_metadata", "transfer")
-PACKAGES = (
-    "accelerate datasets duckdb lightgbm matplotlib numpy pandas papermill peft pyarrow pydantic safetensors scikit-learn scipy "
-    "seaborn tokenizers torch transformers"
-).split()
 
 
 def section(settings: Params, stage: str, defaults: bool = True) -> dict[str, Any]:
@@ -259,7 +252,10 @@ def check(settings: Params, stage: str) -> str:
 
 @dataclass
 class Stage:
-    """A running stage, created by :func:`start`; measures its time and writes its record."""
+    """A running stage, created by :func:`start`, or a finished one (:func:`look_or_start`).
+
+    A running stage measures its time and writes its record.
+    """
 
     run: str
     name: str
@@ -267,7 +263,14 @@ class Stage:
     made_from: dict[str, str]
     lock: int | None  # file descriptor; see :func:`hold`
     fingerprint: str | None  # see :func:`fingerprint`; None outside a project's folder
+    own_files: str = ""  # digest of :func:`own_files`
+    record: dict[str, Any] | None = None  # of a finished stage
     started: float = field(default_factory=time.time)
+
+    @property
+    def look(self) -> bool:
+        """Whether the stage has finished, and its results are only shown."""
+        return self.record is not None
 
     @property
     def folder(self) -> Path:
@@ -276,6 +279,7 @@ class Stage:
 
     def finish(self, outputs: Iterable[Path] = (), **facts: Any) -> dict[str, Any]:
         """Write and return the record: parameters, seconds, peak memory, digests of the `outputs`, and `facts`."""
+        assert not self.look, "the stage has finished"
         written = {}
         for path in outputs:
             status = path.stat()
@@ -289,6 +293,7 @@ class Stage:
             "identity": files.digest([self.params, self.made_from, {name: each["sha256"] for name, each in written.items()}]),
             "made_from": self.made_from,
             "fingerprint": self.fingerprint,
+            "own_files": self.own_files,
             "params": self.params,
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": machine.peak_memory_mb(),
@@ -342,56 +347,43 @@ def start(settings: Params, name: str) -> Stage:
     made_by = None
     with contextlib.suppress(CorecError):  # no notebooks: a folder of its own, as in tests
         made_by = fingerprint(settings, name)
-    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder), made_by)
+    own = files.digest(own_files(settings, name))
+    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder), made_by, own)
     (folder / "stage.json").unlink(missing_ok=True)
     return stage
 
 
-def git_state() -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files outside ``figures`` differ from it (None outside a repository)."""
-    try:
-        changes = ["status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)figures"]  # to which runs write
-        commands = (["rev-parse", "HEAD"], changes)
-        commit, changed = (
-            subprocess.run(["git", "-C", str(paths.root()), *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changed)}
+def look_or_start(settings: Params, name: str, again: bool = False) -> Stage:
+    """Return a stage that has finished with these parameters and inputs, to show its results, or else start it.
 
+    One line is printed: whether the stage is run or looked at, and whether the code has changed since it finished.
 
-def without_secrets(value: Any) -> Any:
-    """Copy of nested values: the home folder is ``~``, the project's folder is omitted, and addresses have no password."""
-    if isinstance(value, dict):
-        return {name: without_secrets(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"^(\w+://)[^/@]*@", r"\1", value)
-    return value.replace(f"{paths.root()}/", "").replace(str(Path.home()), "~") if value.startswith("/") else value
+    Parameters
+    ----------
+    settings
+        Parameters of the run.
+    name
+        Name of the stage.
+    again
+        Start the stage even if it has finished. The environment variable ``COREC_AGAIN=1`` has the same effect.
 
-
-def manifest(params: Params, of: Sequence[str]) -> dict[str, Any]:
-    """Return what produced a run: parameters, versions, commit, and the records of the stages `of`, without their parameters."""
-    installed = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
-    stages = {}
-    for stage in of:
-        record = require(params.run, stage)
-        stages[stage] = {name: value for name, value in record.items() if name not in ("stage", "params")}
-        stages[stage]["outputs"] = {name: facts["sha256"] for name, facts in record["outputs"].items()}
-    return {
-        "run": params.run,
-        "seed": params.seed,
-        **git_state(),
-        "params": without_secrets(params.model_dump(mode="json")),
-        "python": platform.python_version(),
-        "packages": {name: installed.get(name.lower()) for name in PACKAGES},
-        "stages": stages,
-    }
-
-
-def write_manifest(params: Params, stage: str) -> None:
-    """Write the manifest of a study or timing (`stage` and all stages before it) to the folder of the run's figures."""
-    files.write_json(paths.figures_dir(params.run) / f"manifest-{stage}.json", manifest(params, [*ancestors(stage), stage]))
+    Raises
+    ------
+    CorecError
+        See :func:`start`.
+    """
+    record = None
+    if not again and os.environ.get("COREC_AGAIN") != "1":
+        with contextlib.suppress(CorecError):  # the stage, or one before it, is missing, outdated, or has other parameters
+            check(settings, name)
+            record = read_record(settings.run, name)
+    if record is None or record.get("own_files") != files.digest(own_files(settings, name)):
+        print(f"run: stage {name!r} of run {settings.run!r} is computed")
+        return start(settings, name)
+    made_by = None
+    with contextlib.suppress(CorecError):
+        made_by = fingerprint(settings, name)
+    changed = "" if record["fingerprint"] == made_by else ", by an earlier version of the code"
+    print(f"look: stage {name!r} of run {settings.run!r} has finished{changed}; its results are shown, nothing is computed again")
+    print(f"(to compute it again: stages.look_or_start(settings, {name!r}, again=True))")
+    return Stage(settings.run, name, record["params"], record["made_from"], None, record["fingerprint"], record=record)

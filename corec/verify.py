@@ -17,11 +17,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import yaml
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, figures, files, frontier, pages, paths
+from corec import CorecError, evaluation, figures, files, frontier, pages, paths, style
 from corec.params import Params
 
 KEYS = "dataset protocol K n_tokens tau model seed metric k".split()
@@ -96,7 +95,7 @@ def redrawn(folder: Path) -> Iterator[tuple[Path, Figure]]:
     """Draw the pictures of a run from its CSV files: Figures 6 to 8 of every protocol, and the frontier."""
     values = manifest(folder)["params"]  # not checked: those of an earlier version may have other names
     k = values["figures"]["k"]
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         for number, draw in (("6", figures.figure6), ("7", figures.figure7), ("8", figures.figure8)):
             for path in sorted(folder.glob(f"fig{number}*.csv")):
                 yield path.with_suffix(".png"), draw(evaluation.read(path), k)

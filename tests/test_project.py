@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from corec import CorecError, files, params, paths, stages, workflow
+from corec import CorecError, files, manifest, params, paths, stages, workflow
 from corec.__main__ import main as corec_main
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
 
 def test_the_machine_of_a_record_is_the_processor() -> None:
     finish(RUN, "data")
-    assert "cores" in (stages.read_record("r", "data") or {})["machine"] and stages.git_state()["dirty"] in (True, False, None)
+    assert "cores" in (stages.read_record("r", "data") or {})["machine"] and manifest.git_state()["dirty"] in (True, False, None)
 
 
 def test_an_error_in_jupyter_is_one_sentence() -> None:

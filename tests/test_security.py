@@ -26,6 +26,7 @@ from corec import (
     download,
     figures,
     files,
+    manifest,
     pages,
     params,
     paths,
@@ -241,7 +242,7 @@ def test_manifests_hold_no_home_folder_and_no_password() -> None:
         controls=params.ControlsParams(scheme=f"{root}/schemes/mine.yaml"),
     )  # fmt: skip
     stages.start(settings, "data").finish()
-    text = json.dumps(stages.manifest(settings, ["data"]))
+    text = json.dumps(manifest.collect(settings, ["data"]))
     assert "secret" not in text and str(home) + "/" not in text and str(root) not in text
     assert '"~/private/data"' in text and '"https://example.org/files"' in text and '"schemes/mine.yaml"' in text
     for path in (ROOT / "figures").glob("*/manifest*.json"):

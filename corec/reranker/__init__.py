@@ -16,6 +16,7 @@ from corec.reranker.model import (
     trained_tokens,
     zero_shot,
 )
+from corec.reranker.probes import row_distance
 from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens, value_token
 from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import (
@@ -59,6 +60,7 @@ __all__ = [
     "order_bias",
     "ranknet",
     "repeat",
+    "row_distance",
     "row_drift",
     "save",
     "score",

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pandas as pd
 import torch
 
 from corec.reranker.prompt import Row, collate
@@ -55,3 +56,12 @@ def logit_scale(model: Any) -> float:
         logits, unscaled = cap * torch.atanh(logits[small] / cap), unscaled[small]
     factor = float((logits @ unscaled) / (unscaled @ unscaled))
     return factor if abs(factor - 1) >= 0.01 and math.isfinite(factor) else 1.0
+
+
+def row_distance(rows: pd.DataFrame) -> float:
+    """Median distance of two of the `rows` [tokens, hidden], relative to the median norm of a row.
+
+    It is the yardstick for the change of the rows in training: two different tokens are this far apart.
+    """
+    values = torch.from_numpy(rows.to_numpy())
+    return float(torch.nn.functional.pdist(values).median() / values.norm(dim=1).median())

@@ -18,7 +18,18 @@ from corec.sasrec.ranking import (
     soft_states,
     window_states,
 )
-from corec.sasrec.training import Trained, batches, load, load_candidates, padding_share, pieces, save, train, train_epoch
+from corec.sasrec.training import (
+    Trained,
+    batches,
+    load,
+    load_candidates,
+    load_trained,
+    padding_share,
+    pieces,
+    save,
+    train,
+    train_epoch,
+)
 
 __all__ = [
     "FullSoftmax",
@@ -33,6 +44,7 @@ __all__ = [
     "items_by_user",
     "load",
     "load_candidates",
+    "load_trained",
     "loss",
     "pad",
     "padding_share",

@@ -293,3 +293,16 @@ def load(run: str, n_items: int, params: SasrecParams) -> SASRec:
     model = SASRec(n_items, params)
     model.load_state_dict(load_file(paths.stage_dir(run, "sasrec") / "model.safetensors"))
     return model.to(machine.device()).eval()
+
+
+def load_trained(run: str, n_items: int, params: SasrecParams) -> Trained:
+    """Load the trained retriever of a run with its learning curve, as :func:`train` returned it.
+
+    Raises
+    ------
+    CorecError
+        If stage 02 has not finished.
+    """
+    record = stages.require(run, "sasrec")
+    curve = pd.read_parquet(paths.stage_dir(run, "sasrec") / "curve.parquet")
+    return Trained(load(run, n_items, params), curve, record["best_epoch"], record["dtype"])

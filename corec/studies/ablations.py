@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, frontier, rankers, stages
+from corec import CorecError, evaluation, files, frontier, rankers, stages, style
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import error_bars, order_by
@@ -232,7 +231,7 @@ def gap_rows(
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of :func:`judge`, its plot and the results page; returns the files."""
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return keep_study(table, draw(table), folder / "ablations", "%.5g")
 
 
@@ -249,7 +248,7 @@ def draw(table: pd.DataFrame) -> Figure:
     }
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         lengths = sorted(rows["n_tokens"].unique())
-        colors = sns.color_palette("colorblind") if lengths != [0] else ["0.3"]
+        colors = style.CYCLE if lengths != [0] else ["0.3"]
         for shift, (n, color) in enumerate(zip(lengths, colors, strict=False)):
             part = rows[rows["n_tokens"] == n].set_index("variant").reindex(names)
             errors = error_bars(part, "ahead", ("ahead_low", "ahead_high"))

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import files
+from corec import files, style
 from corec.evaluation import error_bars, pick
 from corec.studies import keep_study
 
@@ -67,7 +66,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str = "value") -> None:
     """Draw one line with intervals for each labelled part; `y` is ``value`` or ``ahead``."""
-    for (label, rows), color in zip(parts, sns.color_palette("colorblind"), strict=False):
+    for (label, rows), color in zip(parts, style.CYCLE, strict=False):
         if len(rows):
             rows = rows.sort_values(x)
             errors = error_bars(rows, y, ("ahead_low", "ahead_high") if y == "ahead" else ("low", "high"))
@@ -106,7 +105,7 @@ def keep(table: pd.DataFrame, guesses: pd.DataFrame, folder: Path) -> list[Path]
     """Write the table of a run, its plot, the table of the guesses (`guesses.csv`) and the results page; returns the files."""
     path = folder / "guesses.csv"
     files.write_csv(path, guesses, "%.5g")
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return [*keep_study(table, draw(table), folder / "missing", "%.5g"), path]
 
 
@@ -128,7 +127,7 @@ def join(figures: Path) -> list[Path]:
     written = [figures / FOLDER / name for name in ("metrics.csv", "missing.png")]
     joined = pd.concat(tables, ignore_index=True)
     files.write_csv(written[0], joined)
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         figure = draw(joined)
     files.write_picture(written[1], figure)
     plt.close(figure)

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from corec import evaluation, files, pages, stages
+from corec import evaluation, files, pages, stages, style
 from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.reranker import Examples, Reranker, backward, build, make_rows, score, train, training_batch
@@ -210,7 +210,7 @@ def keep_orders(table: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
 def draw_orders(curves: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Plot the training loss against time and supervised requests, and CP@5 with intervals by number of control tokens."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    colors = dict(zip(ORDERS, sns.color_palette(), strict=False)) | {"rule": "grey"}
+    colors = dict(zip(ORDERS, style.CYCLE, strict=False)) | {"rule": "grey"}
     curves = curves.assign(rate=curves.get("rate", 1.0))
     by_training = curves.groupby(["variant", "seed", "rate"])["loss"]
     curves = curves.assign(smoothed=by_training.transform(lambda loss: loss.ewm(span=8).mean()))

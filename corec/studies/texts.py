@@ -5,11 +5,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import evaluation, evidence, files
+from corec import evaluation, evidence, files, style
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import error_bars, order_by
@@ -88,7 +87,7 @@ def measure(tables: Tables, prepared: Prepared, users: np.ndarray, params: Param
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of :func:`measure`, its plot and the results page; returns the files."""
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return keep_study(table, draw(table), folder / "texts", "%.5g")
 
 
@@ -128,7 +127,7 @@ def join(figures: Path) -> list[Path]:
             found = table[table["ranker"] == "corec"]
             rows += [(run, *row) for row in found[["over", "over_low", "over_high", "n_users"]].itertuples(index=False)]
     table = pd.DataFrame(rows, columns=["ranker", "over", "over_low", "over_high", "n_users"])
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         figure, axis = plt.subplots(figsize=(7.6, 0.9 + 0.35 * len(table)), layout="constrained")
         intervals(axis, table, "over")
         axis.set_ylim(len(table) - 0.5, -0.5)
@@ -143,7 +142,7 @@ def join(figures: Path) -> list[Path]:
 def intervals(axis: Axes, table: pd.DataFrame, name: str) -> None:
     """Draw the differences `name` of the rankers of `table` with their intervals, the first on top."""
     errors = error_bars(table, name, (f"{name}_low", f"{name}_high"))
-    axis.errorbar(table[name], range(len(table)), xerr=errors, fmt="o", markersize=4, color="tab:green")
+    axis.errorbar(table[name], range(len(table)), xerr=errors, fmt="o", markersize=4, color=style.GREEN)
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.set(yticks=range(len(table)), yticklabels=list(table["ranker"]))
     axis.invert_yaxis()

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from corec import CorecError, evaluation, paths, rankers, stages
+from corec import CorecError, evaluation, paths, rankers, stages, style
 from corec.controls import Prepared
 from corec.data import Tables
 from corec.evaluation import error_bars, order_by
@@ -196,7 +195,7 @@ def judge(
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the table of :func:`judge`, its plot and the results page; returns the files."""
-    with sns.axes_style("whitegrid"):
+    with style.figure_style():
         return keep_study(table, draw(table), folder / "transfer", "%.5g")
 
 
@@ -206,7 +205,7 @@ def draw(table: pd.DataFrame) -> Figure:
     names, lengths = list(whole["model"].unique()), sorted(whole["n_tokens"].unique())
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.3 * len(names)), sharey=True, layout="constrained")
     for axis, (metric, rows) in zip(axes, whole.groupby("metric", sort=True), strict=True):
-        for shift, (n, color) in enumerate(zip(lengths, sns.color_palette("colorblind"), strict=False)):
+        for shift, (n, color) in enumerate(zip(lengths, style.CYCLE, strict=False)):
             part = rows[rows["n_tokens"] == n].set_index("model").reindex(names)
             places = np.arange(len(names)) + 0.16 * (shift - (len(lengths) - 1) / 2)
             label = f"{n} token{'s' if n != 1 else ''}"

@@ -1,0 +1,108 @@
+"""The claims of the paper on control, judged by the tables of one run."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from corec import evaluation
+
+YES = {True: "yes", False: "no"}
+
+
+def by_tokens(rows: pd.DataFrame) -> str:
+    """Format the differences of :func:`difference`, each with its interval."""
+    return "; ".join(
+        f"{row['n_tokens']} tokens {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        for row in rows.to_dict("records")
+    )
+
+
+def difference(comparisons: pd.DataFrame, metric: str, other: str, k: int) -> pd.DataFrame:
+    """Rows of ``comparisons.csv``: `metric` at `k` of COREC minus that of `other`, by number of tokens, at least one."""
+    rows = evaluation.pick(comparisons, metric=metric, other=other, k=k)
+    return rows[rows["n_tokens"] > 0].sort_values("n_tokens")
+
+
+def judge(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFrame, k: int) -> pd.DataFrame:
+    """Judge each claim by the results of one protocol.
+
+    Parameters
+    ----------
+    results
+        Rows of ``metrics.csv`` of one protocol.
+    comparisons
+        ``comparisons.csv`` of the run: paired differences on the same users, at strength 1.
+    coverage
+        Coverage of the requests (:func:`corec.controls.pool_coverage`), one row per number of tokens.
+    k
+        Cut-off of the metrics.
+
+    Returns
+    -------
+    Columns ``the paper says``, ``here``, ``holds`` (``yes``, ``no``, or the numbers of tokens for which it holds), ``why``.
+    """
+    return pd.DataFrame(each(results, comparisons, coverage, k), columns=["the paper says", "here", "holds", "why"])
+
+
+def each(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFrame, k: int) -> Iterator[tuple[str, str, str, str]]:
+    """The rows of :func:`judge`."""
+    control = evaluation.pick(results, metric="cp", k=k)
+    control = control[control["tau"].eq(control["n_tokens"])].pivot(index="n_tokens", columns="model", values="value")
+
+    def by_n(model: str) -> str:
+        return ", ".join(f"{value:.3f}" for value in control[model])
+
+    def holds(rows: pd.DataFrame) -> str:
+        good = rows[rows["low"] > 0]["n_tokens"].tolist()
+        return YES[bool(good)] if len(good) in (0, len(rows)) else f"with {', '.join(map(str, good))} tokens"
+
+    gain = difference(comparisons, "cp", "sasrec", k)
+    yield (
+        f"COREC follows the request: CP@{k} above that of rankers without tokens",
+        by_tokens(gain),
+        holds(gain),
+        f"`rule`, three lines of code, has the best CP that the candidates allow: {by_n('rule')}; COREC: {by_n('corec')}",
+    )
+    if len(control) > 1:
+        decreasing = control.diff().iloc[1:] < 0
+        yield (
+            f"Figure 6: more tokens, lower CP@{k}",
+            f"COREC by number of tokens: {by_n('corec')}",
+            YES[bool(decreasing["corec"].all())],
+            f"fewer candidates meet a longer request, so it also holds for `rule`: {YES[bool(decreasing['rule'].all())]}",
+        )
+        most = evaluation.pick(results, metric="cp", k=k, model="corec", n_tokens=int(results["n_tokens"].max())).sort_values(
+            "tau"
+        )
+        yield (
+            f"Figure 7: lower threshold τ, higher CP@{k}",
+            "by τ: " + ", ".join(f"{value:.3f}" for value in most["value"]),
+            YES[bool((most["value"].diff().iloc[1:] <= 0).all())],
+            "by definition: an item that meets τ constraints also meets τ - 1",
+        )
+    yield (
+        f"Figure 8: hard filtering has the highest CP@{k}",
+        f"filter: {by_n('hard-filter')}; COREC: {by_n('corec')}",
+        YES[bool((control["hard-filter"] >= control.drop(columns="hard-filter").max(axis=1) - 1e-9).all())],
+        "it puts every candidate that meets the request first",
+    )
+    relevance = difference(comparisons, "ndcg", "hard-filter", k)
+    share = coverage.set_index("n_tokens")["truth_violates"]
+    yield (
+        f"Figure 8: hard filtering has a lower NDCG@{k} than COREC",
+        by_tokens(relevance),
+        holds(relevance),
+        "the request, not the ranker, decides: targets that violate it: "
+        + ", ".join(f"{share[n]:.0%}" for n in relevance["n_tokens"])
+        + "; at a lower strength see the frontier",
+    )
+    plain = evaluation.pick(results, metric="ndcg", k=k, n_tokens=0).set_index("model")["value"]
+    best = plain.get("combiner", plain["sasrec"])
+    yield (
+        f"COREC recommends better than its retriever: NDCG@{k}",
+        f"without tokens {plain['corec']:.3f}, SASRec {plain['sasrec']:.3f}",
+        YES[bool(plain["corec"] > plain["sasrec"])],
+        f"the combiner, which needs no language model, has {best:.3f}"
+        if "combiner" in plain
+        else "there is no combiner to compare with",
+    )
