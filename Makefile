@@ -3,8 +3,10 @@ PYTHON ?= python3
 PARAMS ?= params/ml-100k.yaml
 GRID ?= params/grid/ml-100k.yaml
 BIN := .venv/bin
+# 00 shows the run of the others, so it comes after them.
+NOTEBOOKS := $(filter-out notebooks/00_%,$(wildcard notebooks/*.ipynb)) notebooks/00_steering.ipynb $(wildcard notebooks/solutions/*.ipynb)
 
-.PHONY: reproduce figures grid test env lint strip clean
+.PHONY: reproduce figures grid demo site test env lint strip clean
 
 reproduce: env
 	$(BIN)/corec run $(PARAMS)
@@ -17,13 +19,21 @@ figures: env
 grid: env
 	$(BIN)/corec grid $(GRID)
 
+# Steer the lists of a finished run in a browser.
+demo: env
+	$(BIN)/corec demo $(PARAMS)
+
+# Build the site from the executed notebooks in docs/executed and the results in figures/.
+site: env
+	$(BIN)/python docs/site/build.py
+
 # Run a command and print the seconds that it took.
 timed = begin=$$(date +%s); $(2) || exit; echo "== $(1): $$(($$(date +%s) - begin)) s"
 
 test: env
 	@$(call timed,lint and types,$(MAKE) --no-print-directory lint)
-	@$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations 10 tests)
-	@$(call timed,notebooks,$(BIN)/python -m pytest -q --nbval-lax notebooks)
+	@$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 10 tests)
+	@$(call timed,notebooks,COREC_AGAIN=1 $(BIN)/python -m pytest -q --nbval-lax $(NOTEBOOKS))
 	@$(call timed,quality,$(BIN)/python -m pytest -q tests/quality.py)
 
 env: .venv/installed
@@ -41,11 +51,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/nbstripout --keep-count --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count --verify notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 # Outputs stay out of commits, except in cells tagged keep_output.
 strip: env
-	$(BIN)/nbstripout --keep-count notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 clean:
 	rm -rf .venv runs .cache .snakemake

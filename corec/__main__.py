@@ -1,4 +1,4 @@
-"""The command ``corec``: ``run`` and ``grid`` make runs, ``compare`` compares two, ``verify`` and ``gc`` look after files."""
+"""Command ``corec``: ``run`` and ``grid`` make runs, ``compare`` and ``demo`` show them, ``verify`` and ``gc`` check them."""
 
 import argparse
 import sys
@@ -31,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--rerun", action="store_true", help="run the stages again, and compare the numbers with those of the folder"
     )
+    demo = commands.add_parser("demo", help="steer the lists of a finished run in a browser")
+    demo.add_argument("params", type=Path, nargs="?", default=Path("params/ml-100k.yaml"), help="parameter file of the run")
+    demo.add_argument("--port", type=int, default=8866, help="port on this machine")
+    demo.add_argument("--no-browser", action="store_true", help="open no browser")
     collect = commands.add_parser("gc", help="remove the stages that no run uses")
     collect.add_argument("--dry-run", action="store_true", help="list them only")
     return whole
@@ -90,12 +94,21 @@ def collect(given: argparse.Namespace) -> int:
     return 0
 
 
+def demo(given: argparse.Namespace) -> int:
+    """``corec demo``."""
+    from corec.steering import server  # imports torch
+
+    return server.serve(given.params, given.port, not given.no_browser)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     given = parser().parse_args(arguments)
     workflow.take_interrupts()
     try:
-        return {"run": run, "grid": many, "compare": compare.show, "verify": check, "gc": collect}[given.command](given)
+        return {"run": run, "grid": many, "compare": compare.show, "verify": check, "gc": collect, "demo": demo}[given.command](
+            given
+        )
     except CorecError as error:
         print(f"corec: {error}", file=sys.stderr)
         return 1

@@ -30,9 +30,9 @@ def draw(axis: Axes, table: pd.DataFrame, x: str) -> None:
     axis.set_xticks(sorted(table[x].unique()))
 
 
-def finish(figure: Figure, table: pd.DataFrame, name: str) -> Figure:
-    """Add a title, and one legend for all axes on the right; returns the figure."""
-    figure.suptitle(style.title(table, name), fontsize=10)
+def legend(figure: Figure, title: str = "") -> Figure:
+    """Add one legend for all axes on the right, and a title."""
+    figure.suptitle(title, fontsize=10)
     handles, models = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, [style.label(model) for model in models], loc="outside right center", frameon=False)
     return figure
@@ -68,7 +68,7 @@ def figure6(table: pd.DataFrame, k: int) -> Figure:
     for axis, metric in zip(axes, ("cp", "ndcg"), strict=True):
         draw(axis, evaluation.pick(table, metric=metric), "n_tokens")
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
-    return finish(figure, table, "Figure 6")
+    return legend(figure, style.title(table, "Figure 6"))
 
 
 def figure7(table: pd.DataFrame, k: int) -> Figure:
@@ -81,7 +81,7 @@ def figure7(table: pd.DataFrame, k: int) -> Figure:
         draw(axis, evaluation.pick(table, n_tokens=n), "tau")
         axis.set(xlabel=f"threshold τ of {n} control token{'s' if n > 1 else ''}")
     axes[0, 0].set(ylabel=f"CP@{k}")
-    return finish(figure, table, "Figure 7")
+    return legend(figure, style.title(table, "Figure 7"))
 
 
 def figure8(table: pd.DataFrame, k: int) -> Figure:
@@ -97,7 +97,7 @@ def figure8(table: pd.DataFrame, k: int) -> Figure:
             axis.errorbar(centres, model["value"], evaluation.error_bars(model), fmt="none", color="0.2", capsize=2, linewidth=1)
         axis.set(xlabel="control tokens", ylabel=f"{NAMES[metric]}@{k}" + (", τ = n" if metric == "cp" else ""))
         axis.get_legend().remove()
-    return finish(figure, table, "Figure 8")
+    return legend(figure, style.title(table, "Figure 8"))
 
 
 def make(table: pd.DataFrame, k: int, folder: Path, suffix: str = "") -> list[Path]:

@@ -7,13 +7,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from corec import style
+from corec import evaluation, style
 from corec.data import Tables
-from corec.reranker import Batch, Prompter, Row
+from corec.reranker import Batch, Prompter, Reranker, Row
 
 SPLITS = {"train": "0.75", "held-back": "#E69F00", "valid": style.SKY, "test": style.PURPLE}
 PARTS = {
@@ -208,4 +209,104 @@ def positions(retained: int, computed: int, k: int) -> Figure:
     axis.annotate(f"{computed} of the request", (retained + computed, 0.5), ha="right", va="center", fontsize=9)
     axis.set(xlabel=f"tokens of one prompt (K = {k}): orange is computed, grey is cached", yticks=[], ylim=(1.5, -0.5))
     axis.grid(visible=False)
+    return figure
+
+
+def toy(ranking: np.ndarray, met: np.ndarray, target: int, k: int) -> Figure:
+    """Draw a small ranking: a row per rank, a column per constraint, a filled cell if it is met, and a line at the cut-off `k`.
+
+    Parameters
+    ----------
+    ranking
+        Indices of the candidates, best first [K].
+    met
+        Constraints met [K, n].
+    target
+        Index of the true next item.
+    k
+        Cut-off.
+    """
+    figure, axis = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
+    names = [f"{place}. {chr(65 + i)}{' (target)' if i == target else ''}" for place, i in enumerate(ranking, start=1)]
+    columns = [f"constraint {number}" for number in range(1, met.shape[1] + 1)]
+    view = pd.DataFrame(met[ranking].astype(int), index=names, columns=columns)
+    sns.heatmap(view, cbar=False, linewidths=1, cmap="Greens", vmax=1.5, ax=axis)
+    axis.axhline(k, color="k", linewidth=2)
+    axis.tick_params(axis="y", rotation=0)
+    axis.set_title(f"the line is the cut-off k = {k}")
+    return figure
+
+
+def forest(table: pd.DataFrame, label: str, title: str) -> Figure:
+    """Draw one interval per ranker, in the order of the rows.
+
+    Parameters
+    ----------
+    table
+        Columns ``value low high``, with the rankers as index.
+    label, title
+        Label of the axis, and title.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    colors = [style.mark(str(model)).color for model in table.index]
+    axis.hlines(table.index, table["low"], table["high"], color=colors)
+    axis.scatter(table["value"], table.index, color=colors, zorder=3)
+    axis.invert_yaxis()
+    axis.set(xlabel=label, title=title)
+    return figure
+
+
+def leak(table: pd.DataFrame, label: str, title: str) -> Figure:
+    """Draw the rows of a table as bars with intervals, and its last row, the reference, as a line.
+
+    Parameters
+    ----------
+    table
+        Columns ``value low high``, with the names of the bars as index.
+    label, title
+        Label of the axis, and title.
+    """
+    figure, axis = plt.subplots(figsize=style.HALF, layout="constrained")
+    bars = table.iloc[:-1]
+    axis.bar(bars.index, bars["value"], color=[style.ORANGE, style.BLUE, "0.6"], width=0.6)
+    axis.errorbar(bars.index, bars["value"], evaluation.error_bars(bars), fmt="none", color="0.1", capsize=4)
+    axis.axhline(table["value"].iloc[-1], color="0.3", linestyle="--", label=str(table.index[-1]))
+    axis.set(ylabel=label, title=title)
+    axis.legend()
+    return figure
+
+
+def adapted(model: Reranker) -> pd.DataFrame:
+    """Shapes, numbers of values and norms of the first adapted matrix W of a re-ranker and of its adapter, A and B."""
+    part = next(part for part in model.model.modules() if hasattr(part, "lora_A"))
+    matrices = {"W": part.base_layer.weight, "A": part.lora_A["default"].weight, "B": part.lora_B["default"].weight}
+    rows = {
+        name: {
+            "shape": tuple(matrix.shape),
+            "values": matrix.numel(),
+            "trained": name != "W",
+            "norm": matrix.float().norm().item(),
+        }
+        for name, matrix in matrices.items()
+    }
+    return pd.DataFrame(rows).T
+
+
+def use_style() -> None:
+    """Draw all further figures of a notebook with the look of this package."""
+    style.use()
+
+
+def alphas(curves: pd.DataFrame) -> Figure:
+    """Draw the graded NDCG of each weight of the retriever, with a cross at each selected weight.
+
+    Parameters
+    ----------
+    curves
+        Columns ``alpha value chosen tokens`` (:func:`corec.rankers.choose_alphas`).
+    """
+    view = curves.astype({"alpha": str, "tokens": "category"})
+    figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
+    sns.lineplot(view, x="alpha", y="value", hue="tokens", marker="o", ax=axis).set(ylabel="graded NDCG@5, validation")
+    sns.scatterplot(view[view["chosen"]], x="alpha", y="value", color="k", s=90, marker="x", ax=axis, zorder=5)
     return figure

@@ -12,7 +12,9 @@ from corec.params import Params
 GENRES = ["Comedy", "Drama", "Action", "Horror"]
 
 
-def write_atomic(folder: Path, users: int = 40, items: int = 60, length: int = 12, seed: int = 0) -> Path:
+def write_atomic(
+    folder: Path, users: int = 40, items: int = 60, length: int = 12, seed: int = 0, title: str = "Film number"
+) -> Path:
     """Write ``ml-100k.inter`` and ``ml-100k.item`` with `users` random sequences."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +26,7 @@ def write_atomic(folder: Path, users: int = 40, items: int = 60, length: int = 1
     lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     for item in range(items):
         genres = " ".join(rng.choice(GENRES, rng.integers(1, 3), replace=False))
-        lines.append(f"i{item}\tFilm number {item}\t{1960 + item % 40}\t{genres}")
+        lines.append(f"i{item}\t{title} {item}\t{1960 + item % 40}\t{genres}")
     (folder / "ml-100k.item").write_text("\n".join(lines) + "\n")
     return folder
 

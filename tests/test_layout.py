@@ -30,7 +30,7 @@ LAYERS = [
     ["sections"],
     ["pages"],
     ["scale"],
-    ["studies"],
+    ["studies", "steering"],
     ["compare"],
     ["workflow"],
     ["grid"],

@@ -1,20 +1,28 @@
-"""All notebooks in one kernel, each twice, as somebody works who runs them again; on a small made-up data set."""
+"""All notebooks in one kernel, each twice, as somebody works who runs them again, and the demonstration of their run."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from nbclient import NotebookClient
 
-from corec import params, profiles, stages
+from corec import CorecError, evaluation, params, paths, profiles, stages, steering
+from corec.reranker import engine
+from tests.conftest import write_atomic
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes the run
 SMALL = {
     "run": "twice",
     "data": {"core": 1},
@@ -38,34 +46,183 @@ SMALL = {
 }
 
 
-def test_every_notebook_runs_twice_in_one_kernel(atomic: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (own_folder / "params").symlink_to(ROOT / "params")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    changes = SMALL | {"data": {"core": 1, "path": atomic.name}}
+LOOK = [
+    name for name in stages.NOTEBOOKS if name not in ("prompt_study", "missing_metadata", "transfer")
+]  # show a finished stage
+AGAIN = "import os; os.environ['COREC_AGAIN'] = '1'"
+ONCE = "del os.environ['COREC_AGAIN']"
+
+
+class Ran(NamedTuple):
+    """A project's folder in which all notebooks ran, its parameters, and the notebook of all cells."""
+
+    folder: Path
+    settings: params.Params
+    whole: Any
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """Run all notebooks in one kernel, each twice, and look at each once."""
+    folder = tmp_path_factory.mktemp("project")
+    write_atomic(folder / "raw", title="<b>Film</b> number")
+    (folder / "params").symlink_to(ROOT / "params")
+    (folder / "notebooks").symlink_to(ROOT / "notebooks")
+    changes = SMALL | {"data": {"core": 1, "path": "raw"}}
     whole = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
-    for name in stages.NOTEBOOKS.values():
-        for _ in range(2):
-            for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells:
-                if cell.cell_type == "code":
-                    tagged = "parameters" in cell.metadata.get("tags", [])
-                    source = f'profile = "params/tiny.yaml"\nchanges = {changes!r}' if tagged else cell.source
-                    whole.cells.append(nbformat.v4.new_code_cell(source))
-    NotebookClient(whole, timeout=300, resources={"metadata": {"path": str(own_folder)}}).execute()
-    settings = profiles.load(ROOT / "params" / "tiny.yaml", changes)
+    add = nbformat.v4.new_code_cell
+    for stage, name in stages.NOTEBOOKS.items():
+        cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+        tagged = f'profile = "params/tiny.yaml"\nchanges = {changes!r}'
+        sources = [tagged if "parameters" in cell.metadata.get("tags", []) else cell.source for cell in cells]
+        whole.cells += [add(source) for source in [*sources, AGAIN, *sources, ONCE, *(sources if stage in LOOK else [])]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COREC_ROOT", str(folder))
+        patch.setenv("COREC_CACHE", str(folder / "cache"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.delenv("COREC_AGAIN", raising=False)
+        NotebookClient(whole, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+        yield Ran(folder, profiles.load(ROOT / "params" / "tiny.yaml", changes), whole)
+
+
+@pytest.fixture
+def opened(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """The same; the folder is that of the test."""
+    monkeypatch.setenv("COREC_ROOT", str(ran.folder))
+    return ran
+
+
+def test_every_notebook_runs_twice_in_one_kernel(opened: Ran) -> None:
     for name in stages.NOTEBOOKS:
-        stages.check(settings, name)
-    record = json.loads((own_folder / "figures" / "twice" / "manifest.json").read_text())
-    assert params.Params.model_validate(record["params"]) == settings and set(record["stages"]) == set(
-        stages.ancestors("figures")
-    )
-    pictures = sorted(path.name for path in (own_folder / "figures" / "twice").glob("*.png"))
+        stages.check(opened.settings, name)
+    folder = opened.folder / "figures" / "twice"
+    record = json.loads((folder / "manifest.json").read_text())
+    assert params.Params.model_validate(record["params"]) == opened.settings
+    assert set(record["stages"]) == set(stages.ancestors("figures"))
     expected = (
         "ablations.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png frontier.png "
         "loss_curves.png missing.png orders.png readouts.png seed_curves.png surface.png texts.png transfer.png"
     )
-    assert pictures == expected.split()
-    said = "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
+    assert sorted(path.name for path in folder.glob("*.png")) == expected.split()
+    said = "".join(output.get("text", "") for cell in opened.whole.cells for output in cell.get("outputs", []))
     assert "Warning" not in said, "no notebook prints a warning"
+    for stage in LOOK:
+        assert said.count(f"look: stage {stage!r} of run 'twice' has finished; its results are shown") == 1
+        assert said.count(f"run: stage {stage!r} of run 'twice' is computed") == 2
+
+
+def test_a_finished_stage_is_looked_at_unless_it_is_asked_for_again(opened: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = paths.stage_dir("twice", "evaluation")
+    before = (folder / "stage.json").read_bytes()
+    stage = stages.look_or_start(opened.settings, "evaluation")
+    assert stage.look and stage.record is not None and (folder / "stage.json").read_bytes() == before
+    other = opened.settings.model_copy(update={"seed": 5})
+    with pytest.raises(CorecError, match="was made with other parameters"):
+        stages.look_or_start(other, "evaluation")
+    assert "run: stage 'evaluation'" in capsys.readouterr().out
+
+
+def test_the_steering_demonstration_scores_as_the_engine_does(opened: Ran) -> None:
+    session = steering.Session(opened.settings, most=3)
+    users = session.users()
+    assert len(users) == 3 and session.pools.truth[session.places[0]] >= 0, "users whose next item was retrieved come first"
+    state = session.open(session.places[0])
+    assert len(state["candidates"]) == 16 and [candidate["rank"] for candidate in state["candidates"]] != list(range(16))
+    assert sum(candidate["truth"] for candidate in state["candidates"]) == 1
+    counts = Counter(value for candidate in state["candidates"] for value in candidate["values"])
+    assert {value["id"]: value["count"] for value in state["values"] if value["count"]} == dict(counts)
+    for request in ((), *steering.requests_of(state)[-3:]):
+        answer = session.answer(session.places[0], request)
+        assert session.opened is not None
+        scores = engine.answer(session.model, session.opened[1], session.row(session.places[0], request), strength=0.5)[0]
+        control = sum((np.array(part["values"]) for part in answer["control"]), np.zeros(16))
+        mine = np.array(answer["prior"]) + np.array(answer["relevance"]) + 0.5 * control
+        np.testing.assert_allclose(mine, scores.numpy(), atol=1e-4)
+        assert [part["name"] for part in answer["control"]] == [session.vocabulary.name(value) for value in request]
+    with pytest.raises(CorecError, match="There is no value 999"):
+        session.answer(session.places[0], [999])
+
+
+def test_the_widget_answers_its_browser_and_nobody_else(opened: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    widget, sent = steering.Steering(opened.settings, most=2), []
+    monkeypatch.setattr(steering.Steering, "send", lambda _, message: sent.append(message))
+    user = widget.users[0]["id"]
+    widget.reply(widget, {"number": 1, "kind": "open", "user": user, "request": []}, None)
+    widget.reply(widget, {"number": 2, "kind": "answer", "user": user, "request": [0]}, None)
+    assert [message["number"] for message in sent] == [1, 2] and sent[1]["result"]["request"] == [0]
+    for wrong in ({"number": 3, "kind": "answer"}, {"number": 3, "kind": "__init__", "user": user, "request": []}):
+        with pytest.raises(CorecError, match="The message"):
+            widget.reply(widget, wrong, None)
+
+
+def test_a_run_that_cannot_be_steered_says_so(opened: Ran, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from corec.steering import server
+
+    copy = server.prepare(save_profile(opened))
+    cell = next(cell for cell in nbformat.read(copy, 4).cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert "mine.yaml" in cell.source
+    monkeypatch.setenv("COREC_ROOT", str(project))
+    with pytest.raises(CorecError, match="corec run .* --only reranker"):
+        server.prepare(ROOT / "params" / "tiny.yaml")
+
+
+def save_profile(opened: Ran) -> Path:
+    """A parameter file of the run."""
+    path = opened.folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(opened.settings.model_dump(mode="json")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=program, args=[*flags, "--disable-component-update", "--disable-sync"])
+        yield running
+        running.close()
+
+
+def test_a_click_in_the_static_page_changes_the_list(opened: Ran, tmp_path: Path, browser: Any) -> None:
+    session = steering.Session(opened.settings, most=2)
+    data = steering.collect(session, session.places)
+    text = steering.html(data)
+    assert "<b>" not in text, "titles are escaped"
+    (tmp_path / "page.html").write_text(text)
+    page = browser.new_page(viewport={"width": 360, "height": 800})
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    titles = page.locator("[data-model=corec] li .title")
+    titles.first.wait_for()
+    before = titles.all_inner_texts()
+    assert before[0].startswith("<b>Film</b> number"), "a title is text, not markup"
+    state = data["states"][data["users"][0]["id"]]
+    # One constraint that some candidates meet: the browser's ranking and CP@5 are those of Python.
+    value = next(value for value in state["values"] if 2 <= value["count"] <= 8 and str(value["id"]) in state["answers"])
+    page.select_option(f"select[name='{value['attribute']}']", str(value["id"]))
+    page.wait_for_function("document.querySelector('[data-model=corec] .metrics').textContent.includes('=')")
+    answer = state["answers"][str(value["id"])]
+    scores = np.sum([answer["prior"], answer["relevance"], *(part["values"] for part in answer["control"])], axis=0)
+    order = evaluation.order_by(scores)
+    met = np.array([value["id"] in candidate["values"] for candidate in state["candidates"]])
+    after = [text.removesuffix(" ★") for text in titles.all_inner_texts()]
+    assert after == [state["candidates"][i]["title"] for i in order] and titles.all_inner_texts() != before
+    assert page.locator("[data-model=corec] .metrics").inner_text() == f"CP@5 = {met[order[:5]].mean():.2f}"
+    ranks = np.array([candidate["rank"] for candidate in state["candidates"]])
+    best = np.lexsort((ranks, ~met))
+    assert page.locator("[data-model=rule] .metrics").inner_text() == f"CP@5 = {met[best[:5]].mean():.2f}"
+    page.locator("[name=predict]").check()  # the list is hidden until the group has guessed
+    assert titles.count() == 0
+    page.locator("[name=show]").press("Enter")
+    assert titles.count() == 16 and "Your guess has rank" in page.locator("[role=status]").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360 and not faults
+    assert all(url.startswith("file:") or url.startswith("data:") for url in asked)
 
 
 def test_control_c_prints_no_traceback(atomic: Path, project: Path, own_folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_notebook_style(path: Path) -> None:
     assert sum(len(cell.source.splitlines()) for cell in code) <= 130
     assert path.stat().st_size < 200_000
     headings = [line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
-    assert "## Settings" in headings and "## What to try" in headings and "## References" in headings
+    assert "## Settings" in headings and "## Exercises" in headings and "## References" in headings
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -113,7 +113,7 @@ def test_modules_are_imported_under_their_own_names(path: Path) -> None:
 
 
 def test_there_is_a_notebook_for_every_stage() -> None:
-    assert [path.stem for path in NOTEBOOKS] == list(stages.NOTEBOOKS.values())
+    assert [path.stem for path in NOTEBOOKS] == ["00_steering", *stages.NOTEBOOKS.values()]
     assert set(stages.NEEDS) == set(stages.NOTEBOOKS)
     order = list(stages.NOTEBOOKS)
     assert all(order.index(need) < order.index(name) for name, needs in stages.NEEDS.items() for need in needs)

@@ -16,6 +16,7 @@ from corec import CorecError
 from corec.reranker.fused import fuse
 from corec.reranker.model import Reranker
 from corec.reranker.prompt import Row, collate
+from corec.reranker.readout import Parts
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,18 @@ def prefill(reranker: Reranker, row: Row) -> Prefix:
     return Prefix(layers, len(row.prefix), candidates, len(row.spans))
 
 
-@torch.inference_mode()
 def answer(reranker: Reranker, prefix: Prefix, row: Row, strength: float = 1.0) -> Tensor:
-    """Score the candidates of a cached prefix under R requests.
+    """Scores [R, K] of the candidates of a cached prefix under R requests (see :func:`answer_parts`).
+
+    `strength` is the weight of the control term (1: as trained).
+    """
+    parts, prior = answer_parts(reranker, prefix, row)
+    return parts.scores(prior, strength)[0]
+
+
+@torch.inference_mode()
+def answer_parts(reranker: Reranker, prefix: Prefix, row: Row) -> tuple[Parts, Tensor | None]:
+    """Parts of the scores of the candidates of a cached prefix under R requests.
 
     All requests are computed in one row; each attends to the prefix and to itself only.
 
@@ -93,12 +103,10 @@ def answer(reranker: Reranker, prefix: Prefix, row: Row, strength: float = 1.0) 
         Result of :func:`prefill`.
     row
         A row of the window; only its suffixes, their constraints and its prior are used.
-    strength
-        Weight of the control term (1: as trained).
 
     Returns
     -------
-    Scores [R, K].
+    The parts, of a batch of one row, and the prior [1, K] if the model has one.
 
     Raises
     ------
@@ -119,4 +127,4 @@ def answer(reranker: Reranker, prefix: Prefix, row: Row, strength: float = 1.0) 
         parts = reranker.index_parts(reranker.index_logits(states[-1][0, batch.answers[0]], prefix.k)[None])
     else:
         parts = reranker.head_parts(batch, states, prefix.candidates)
-    return parts.scores(batch.prior if reranker.params.prior else None, strength)[0]
+    return parts, batch.prior if reranker.params.prior else None

@@ -63,5 +63,5 @@ def row_distance(rows: pd.DataFrame) -> float:
 
     It is the yardstick for the change of the rows in training: two different tokens are this far apart.
     """
-    values = torch.from_numpy(rows.to_numpy())
+    values = torch.tensor(rows.to_numpy())
     return float(torch.nn.functional.pdist(values).median() / values.norm(dim=1).median())

@@ -36,8 +36,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
     Returns
     -------
     Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``.
-    The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval. The rows of ``re-ranking,
-    cached prefix`` are absent if the order of the prompt or the architecture does not allow caching (see
+    The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval. The rows of
+    ``re-ranking, cached prefix`` are absent if the order of the prompt or the architecture does not allow caching (see
     :func:`corec.reranker.engine.prefill`); their lists are computed one at a time, and their price excludes the prefix.
     """
     settings, windows = params.efficiency, tables.windows[tables.windows["split"] == "test"]
