@@ -45,7 +45,7 @@ def judge(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFra
 
 
 def each(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFrame, k: int) -> Iterator[tuple[str, str, str, str]]:
-    """The rows of :func:`judge`."""
+    """The rows of :func:`judge`. The function is long because each claim has its own evidence."""
     control = evaluation.pick(results, metric="cp", k=k)
     control = control[control["tau"].eq(control["n_tokens"])].pivot(index="n_tokens", columns="model", values="value")
 

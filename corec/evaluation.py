@@ -147,12 +147,7 @@ def by_window(order: np.ndarray, judged: Judged, ks: Sequence[int]) -> dict[tupl
 
 
 def control_by_attribute(
-    orders: Mapping[str, np.ndarray],
-    judged: Judged,
-    requests: np.ndarray,
-    attribute_of: np.ndarray,
-    names: Sequence[str],
-    k: int,
+    orders: Mapping[str, np.ndarray], judged: Judged, requests: np.ndarray, attribute_of: np.ndarray, names: Sequence[str], k: int
 ) -> pd.DataFrame:
     """Share of the top k that meets a constraint, by attribute of the constraint: CSR@k of each attribute.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from cycler import cycler
+from matplotlib.rcsetup import cycler
 
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 CYCLE = [BLUE, ORANGE, GREEN, PURPLE, SKY, "#E69F00", "0.45"]

@@ -186,4 +186,4 @@ def test_the_frontier_is_drawn(world: World) -> None:
     figure = frontier.draw(frontier.table(points, PARAMS), 3)
     assert [axis.get_title() for axis in figure.axes] == ["1 control token", "2 control tokens"]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert {"corec", "boost", "sasrec", "combiner", "rule"} <= labels
+    assert {"COREC", "boost", "SASRec", "combiner", "rule (best CP)"} <= labels

@@ -55,7 +55,7 @@ class Malicious:
 def sources() -> dict[str, str]:
     """All code of the package and the notebooks."""
     found = {str(path): path.read_text() for path in (ROOT / "corec").rglob("*.py")}
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
         cells = nbformat.read(path, 4).cells
         found[str(path)] = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     return found
@@ -72,7 +72,8 @@ def test_nothing_is_unpickled_and_no_code_of_a_model_or_a_text_is_run() -> None:
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert not {"trust_remote_code", "allow_pickle"} & given.keys(), path
-                assert name not in ("read_pickle", "to_pickle", "HTML", "full_load", "unsafe_load"), path
+                assert name not in ("read_pickle", "to_pickle", "full_load", "unsafe_load"), path
+                assert name != "HTML" or path.endswith("pictures.py"), path  # its text is escaped: tests/test_pictures.py
                 assert isinstance(node.func, ast.Attribute) or name not in ("eval", "exec"), path
                 if ast.unparse(node.func) == "torch.load":
                     assert given["weights_only"] == "True", path

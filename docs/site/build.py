@@ -4,6 +4,7 @@ Nothing is executed: the notebooks are the executed copies in ``docs/executed``.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -167,20 +168,26 @@ def gather(source: Path) -> None:
         shutil.copy(steering, extra / "steering.html")
 
 
-def main() -> int:
-    """Build the site; returns the exit status of Sphinx."""
+def build(work: Path, output: Path) -> int:
+    """Write the sources of the site to `work`, and its pages to `output`; returns the exit status of Sphinx."""
     from sphinx.cmd.build import build_main
 
+    matplotlib.use("Agg")
+    gather(work / "source")
+    files.discard(output)
+    jobs = str(min(4, os.cpu_count() or 1))
+    status = build_main(["-b", "html", "-q", "-j", jobs, "-d", str(work / "doctrees"), str(work / "source"), str(output)])
+    for name in ("webpack-macros.html", "sbt-webpack-macros.html"):  # templates of the themes, not pages
+        (output / "_static" / name).unlink(missing_ok=True)
+    return status
+
+
+def main() -> int:
+    """Build the site; returns the exit status of Sphinx."""
     parser = argparse.ArgumentParser(description="Build the site into docs/_build/html.")
     parser.add_argument("--output", type=Path, default=BUILD / "html", help="folder of the pages")
     output = parser.parse_args().output
-    matplotlib.use("Agg")
-    source = BUILD / "source"
-    gather(source)
-    files.discard(output)
-    status = build_main(["-b", "html", "-q", "-j", "auto", "-d", str(BUILD / "doctrees"), str(source), str(output)])
-    (output / "_static" / "webpack-macros.html").unlink(missing_ok=True)  # templates of the themes, not pages
-    (output / "_static" / "sbt-webpack-macros.html").unlink(missing_ok=True)
+    status = build(BUILD, output)
     if status == 0:
         print(f"the site is in {output}: open {output / 'index.html'}")
     return status
