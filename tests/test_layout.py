@@ -4,7 +4,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from corec import code
 
 PACKAGE = Path(__file__).parents[1] / "corec"
 # From the bottom to the top: a module imports only what is further down, or its own package.
@@ -130,3 +133,14 @@ def test_stages_that_need_no_language_model_import_none() -> None:
         "import sys; from corec import controls, data, evaluation, figures, profiles, stages; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "later"),
+    [("01_data", "sasrec controls evidence reranker"), ("02_sasrec", "evidence reranker"), ("05_evaluation", "reranker")],
+)
+def test_the_code_of_a_later_stage_is_no_reason_to_run_an_earlier_one_again(name: str, later: str) -> None:
+    cells = nbformat.read(PACKAGE.parent / "notebooks" / f"{name}.ipynb", 4).cells
+    trees = [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
+    used = code.closure({path for tree in trees for path in code.imported(tree)})
+    assert not {path.relative_to(PACKAGE).parts[0] for path in used} & set(later.split())

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib import colors
 
-from corec import claims, evaluation, pictures, style
+from corec import claims, evaluation, style
+from corec.pictures import prompts, rankings
 from corec.reranker import Prompter, Row
 
 
@@ -29,16 +30,16 @@ def test_tokens_are_coloured_by_part_and_escaped() -> None:
     prompter.heading_history, prompter.heading_candidates = codes("H:\n"), codes("C:\n")
     prefix = [*codes("H:\nold\nC:\n"), *codes("<b>x"), 0, *codes("\n")]
     row = Row(prefix, [(10, 16)], [[*codes("R:"), 0]])
-    text = pictures.tokens(prompter, row, Tokenizer()).data
+    text = prompts.tokens(prompter, row, Tokenizer()).data
     assert "<b>" not in text and "&lt;" in text and "A&amp;B" in text
     for part, count in {"instruction": 6, "history": 4, "candidates": 5, "request": 2, "control tokens": 2}.items():
         assert f"{part}: {count}</span>" in text
 
 
 def test_bump_marks_the_target_and_the_candidates_that_meet_the_request() -> None:
-    figure, axis = plt.subplots()
     met, truth = np.array([[True], [False], [True]]), np.array([False, True, False])
-    pictures.bump(axis, ["A", "B", "C" * 60], np.array([0, 1, 2]), np.array([2, 0, 1]), met, truth, ("before", "after"))
+    figure = rankings.bump(["A", "B", "C" * 60], np.array([0, 1, 2]), np.array([2, 0, 1]), met, truth, "request")
+    axis = figure.axes[0]
     lines = [line for line in axis.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [0, 1]][:3]
     assert [list(line.get_ydata()) for line in lines] == [[1, 2], [2, 3], [3, 1]]
     assert [line.get_color() for line in lines] == [style.BLUE, style.ORANGE, style.BLUE]
@@ -47,10 +48,10 @@ def test_bump_marks_the_target_and_the_candidates_that_meet_the_request() -> Non
 
 
 @pytest.mark.parametrize("draw", [
-    lambda: pictures.toy(np.array([2, 0, 1]), np.array([[1, 0], [0, 0], [1, 1]], bool), 0, 2),
-    lambda: pictures.forest(pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6]}, index=["corec"]), "CP", "title"),
-    lambda: pictures.leak(pd.DataFrame({"value": [0.5, 0.2], "low": [0.4, 0.1], "high": [0.6, 0.3]}, index=["a", "b"]), "x", "y"),
-    lambda: pictures.positions(400, 7, 20),
+    lambda: rankings.toy(np.array([2, 0, 1]), np.array([[1, 0], [0, 0], [1, 1]], bool), 0, 2),
+    lambda: rankings.forest(pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.6]}, index=["corec"]), "CP", "title"),
+    lambda: rankings.leak(pd.DataFrame({"value": [0.5, 0.2], "low": [0.4, 0.1], "high": [0.6, 0.3]}, index=["a", "b"]), "x", "y"),
+    lambda: prompts.positions(400, 7, 20),
 ])  # fmt: skip
 def test_pictures_draw_without_a_warning(draw: object, recwarn: pytest.WarningsRecorder) -> None:
     figure = draw()  # type: ignore[operator]

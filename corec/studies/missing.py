@@ -326,8 +326,8 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
     Returns
     -------
     Columns of :data:`corec.evaluation.COLUMNS`, and
-    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds``: `seeds` is the number of seeds, `seed` the first
-    of them; `attribute` is ``all``, or that of the requests.
+    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds``: `seeds` is their number, `seed` the first one;
+    `attribute` is ``all``, or that of the requests.
     """
     vocabulary, cut, parts = prepared.vocabulary, params.figures.k, []
     groups: dict[tuple[float, float, int], list[Key]] = {}
