@@ -253,7 +253,7 @@ def draw(table: pd.DataFrame) -> Figure:
             part = rows[rows["n_tokens"] == n].set_index("variant").reindex(names)
             errors = error_bars(part, "ahead", ("ahead_low", "ahead_high"))
             places = np.arange(len(names)) + 0.18 * (shift - (len(lengths) - 1) / 2)
-            look = {"fmt": "o", "markersize": 3, "color": color, "label": f"{n} token{'s' if n != 1 else ''}"}
+            look = {"fmt": "o", "markersize": 3, "color": color, "label": f"{n:g} token{'s' if n != 1 else ''}"}
             axis.errorbar(part["ahead"], places, xerr=errors, **look)
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.set(title=title, xlabel="minus corec", yticks=range(len(names)), yticklabels=names)
