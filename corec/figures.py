@@ -353,7 +353,7 @@ def copy_extra(params: Params, folder: Path) -> list[Path]:
         written.append(folder / "frontier.png")
         with style.figure_style():
             points = pd.read_csv(folder / "frontier.csv")
-            figure = frontier.draw(points[points["protocol"] == params.controls.protocol], params.figures.k)
+            figure = frontier.draw(points[points["protocol"] == params.controls.protocol], params.figures.k, params.data.dataset)
             files.write_picture(written[-1], figure)
             plt.close(figure)
     return written

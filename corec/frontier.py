@@ -248,8 +248,8 @@ def whole_points(frame: pd.DataFrame) -> pd.Series:
     return frame["seed"].isna() | frame["model"].ne("corec") | (frame["seed"].nunique() == 1)
 
 
-def draw(frame: pd.DataFrame, k: int) -> Figure:
-    """Plot the result of :func:`table`: one panel per number of constraints, CP against NDCG, with intervals at every point."""
+def draw(frame: pd.DataFrame, k: int, dataset: str) -> Figure:
+    """Plot the result of :func:`table` of a data set: one panel per number of constraints, CP against NDCG, with intervals."""
     lengths = sorted(frame["n_tokens"].unique())
     columns = min(3, len(lengths))
     lines = -(-len(lengths) // columns)
@@ -280,7 +280,6 @@ def draw(frame: pd.DataFrame, k: int) -> Figure:
                 label=style.label(model),
             )
         axis.set(xlabel=f"CP@{k}, τ = n", ylabel=f"NDCG@{k}", title=f"{n} control token{'s' if n > 1 else ''}")
-    first = frame.iloc[0]
-    figure.suptitle(f"Frontier of control and relevance: requests {first['protocol']}, K = {first['K']}", fontsize=10)
+    figure.suptitle(style.title(frame.assign(dataset=dataset), "Frontier"), fontsize=10)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

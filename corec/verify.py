@@ -101,7 +101,8 @@ def redrawn(folder: Path) -> Iterator[tuple[Path, Figure]]:
                 yield path.with_suffix(".png"), draw(evaluation.read(path), k)
         if (folder / "frontier.csv").exists():
             points = pd.read_csv(folder / "frontier.csv")
-            yield folder / "frontier.png", frontier.draw(points[points["protocol"] == values["controls"]["protocol"]], k)
+            dataset = evaluation.read(folder / "fig6.csv")["dataset"].iloc[0]
+            yield folder / "frontier.png", frontier.draw(points[points["protocol"] == values["controls"]["protocol"]], k, dataset)
 
 
 def pictures(folder: Path) -> Iterator[str]:

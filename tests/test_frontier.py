@@ -183,7 +183,7 @@ def test_a_report_names_its_protocol(world: World) -> None:
 
 def test_the_frontier_is_drawn(world: World) -> None:
     points = frontier.sweep(world.rank(world.exact), [world.exact], world.prior, world.users, PARAMS)
-    figure = frontier.draw(frontier.table(points, PARAMS), 3)
+    figure = frontier.draw(frontier.table(points, PARAMS), 3, "films")
     assert [axis.get_title() for axis in figure.axes] == ["1 control token", "2 control tokens"]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert {"COREC", "boost", "SASRec", "combiner", "rule (best CP)"} <= labels

@@ -162,6 +162,8 @@ def keep(made: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
 def draw(curves: pd.DataFrame, by: str) -> Figure:
     """Plot validation NDCG@10 against time, one line per value of the column `by` (loss or seed)."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    sns.lineplot(curves, x="seconds", y="NDCG@10", hue=by, palette=style.CYCLE[: curves[by].nunique()], marker="o", markersize=4, ax=axis)
+    sns.lineplot(
+        curves, x="seconds", y="NDCG@10", hue=by, palette=style.CYCLE[: curves[by].nunique()], marker="o", markersize=4, ax=axis
+    )
     axis.set(ylabel="validation NDCG@10", title=f"{curves['dataset'].iloc[0]}, {curves['n_users'].iloc[0]} users")
     return figure
