@@ -46,9 +46,6 @@ SMALL = {
 }
 
 
-LOOK = [
-    name for name in stages.NOTEBOOKS if name not in ("prompt_study", "missing_metadata", "transfer")
-]  # show a finished stage
 AGAIN = "import os; os.environ['COREC_AGAIN'] = '1'"
 ONCE = "del os.environ['COREC_AGAIN']"
 
@@ -71,11 +68,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     changes = SMALL | {"data": {"core": 1, "path": "raw"}}
     whole = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
     add = nbformat.v4.new_code_cell
-    for stage, name in stages.NOTEBOOKS.items():
+    for name in stages.NOTEBOOKS.values():
         cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
         tagged = f'profile = "params/tiny.yaml"\nchanges = {changes!r}'
         sources = [tagged if "parameters" in cell.metadata.get("tags", []) else cell.source for cell in cells]
-        whole.cells += [add(source) for source in [*sources, AGAIN, *sources, ONCE, *(sources if stage in LOOK else [])]]
+        whole.cells += [add(source) for source in [*sources, AGAIN, *sources, ONCE, *sources]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COREC_ROOT", str(folder))
         patch.setenv("COREC_CACHE", str(folder / "cache"))
@@ -106,7 +103,7 @@ def test_every_notebook_runs_twice_in_one_kernel(opened: Ran) -> None:
     assert sorted(path.name for path in folder.glob("*.png")) == expected.split()
     said = "".join(output.get("text", "") for cell in opened.whole.cells for output in cell.get("outputs", []))
     assert "Warning" not in said, "no notebook prints a warning"
-    for stage in LOOK:
+    for stage in stages.NOTEBOOKS:
         assert said.count(f"look: stage {stage!r} of run 'twice' has finished; its results are shown") == 1
         assert said.count(f"run: stage {stage!r} of run 'twice' is computed") == 2
 
