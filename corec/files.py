@@ -1,10 +1,12 @@
-"""Atomic writes, and digests of files and values.
+"""Atomic writes, locks, and digests of files and values.
 
 A file is written under another name, flushed to the disk and then renamed (:func:`aside`): readers see the old file or the whole
 new one, also if the process is killed or the disk is full.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -141,3 +143,24 @@ def sha256(path: Path) -> str:
 def digest(value: Any) -> str:
     """Short digest of a value that JSON can represent: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def lock(folder: Path) -> int:
+    """Lock the folder of a stage for this process, until the file descriptor returned is closed or the process ends.
+
+    The lock belongs to the process, so a cell that starts a stage can be run again.
+
+    Raises
+    ------
+    CorecError
+        If another process holds the lock.
+    """
+    held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CorecError(f"Another process is working in {folder}: wait until it has ended, or stop it.") from None
+        raise CorecError(f"{folder} cannot be locked ({error.strerror}): use a file system with locks.") from None
+    return held

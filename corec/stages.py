@@ -8,8 +8,6 @@ the key is a digest of the parameters of the stage and of all before it; ``runs/
 """
 
 import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -80,13 +78,18 @@ def key(settings: Params, stage: str) -> str:
 
 
 def own_files(settings: Params, stage: str) -> list[Any]:
-    """Name, size and time of modification of the user's files that a stage reads, and for ``controls`` the scheme."""
+    """Name, size and time of modification of the user's files that a stage reads.
+
+    For ``controls`` also the scheme, for ``transfer`` the identity of the re-ranker of the source.
+    """
     named = {"data": [settings.data.path, settings.data.tagger], "controls": [settings.evidence.text]}.get(stage, [])
     if "reranker" in SECTIONS.get(stage, (stage,)):
         named = [settings.reranker.backbone]
     folders = [paths.from_root(each) for each in named if each]
     found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
     facts: list[Any] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+    if stage == "transfer" and settings.study.source:
+        facts.append((read_record(settings.study.source, "reranker") or {}).get("identity"))
     scheme = schemes.load_scheme(settings.controls.scheme) if stage == "controls" else ()
     return [*facts, *(attribute.model_dump(mode="json") for attribute in scheme)]
 
@@ -261,7 +264,7 @@ class Stage:
     name: str
     params: dict[str, Any]
     made_from: dict[str, str]
-    lock: int | None  # file descriptor; see :func:`hold`
+    lock: int | None  # file descriptor; see :func:`corec.files.lock`
     fingerprint: str | None  # see :func:`fingerprint`; None outside a project's folder
     own_files: str = ""  # digest of :func:`own_files`
     record: dict[str, Any] | None = None  # of a finished stage
@@ -309,27 +312,6 @@ class Stage:
         return record
 
 
-def hold(folder: Path) -> int:
-    """Lock the folder of a stage for this process, until the file descriptor returned is closed or the process ends.
-
-    The lock belongs to the process, so a cell that starts a stage can be run again.
-
-    Raises
-    ------
-    CorecError
-        If another process holds the lock.
-    """
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise CorecError(f"Another process is working in {folder}: wait until it has ended, or stop it.") from None
-        raise CorecError(f"{folder} cannot be locked ({error.strerror}): use a file system with locks.") from None
-    return lock
-
-
 def start(settings: Params, name: str) -> Stage:
     """Start a stage: check the stages that it needs, lock its folder, and delete its own earlier record.
 
@@ -348,9 +330,21 @@ def start(settings: Params, name: str) -> Stage:
     with contextlib.suppress(CorecError):  # no notebooks: a folder of its own, as in tests
         made_by = fingerprint(settings, name)
     own = files.digest(own_files(settings, name))
-    stage = Stage(settings.run, name, section(settings, name), made_from, hold(folder), made_by, own)
+    stage = Stage(settings.run, name, section(settings, name), made_from, files.lock(folder), made_by, own)
     (folder / "stage.json").unlink(missing_ok=True)
     return stage
+
+
+def finished(settings: Params, name: str) -> dict[str, Any] | None:
+    """Record of a stage that, like all before it, has finished with these parameters and the user's present files, or None."""
+    try:
+        check(settings, name)
+    except CorecError:  # missing, outdated, damaged, or with other parameters
+        return None
+    for each in [*ancestors(name), name]:
+        if (read_record(settings.run, each) or {}).get("own_files") != files.digest(own_files(settings, each)):
+            return None
+    return read_record(settings.run, name)
 
 
 def look_or_start(settings: Params, name: str, again: bool = False) -> Stage:
@@ -372,18 +366,15 @@ def look_or_start(settings: Params, name: str, again: bool = False) -> Stage:
     CorecError
         See :func:`start`.
     """
-    record = None
-    if not again and os.environ.get("COREC_AGAIN") != "1":
-        with contextlib.suppress(CorecError):  # the stage, or one before it, is missing, outdated, or has other parameters
-            check(settings, name)
-            record = read_record(settings.run, name)
-    if record is None or record.get("own_files") != files.digest(own_files(settings, name)):
+    again = again or os.environ.get("COREC_AGAIN") == "1"
+    record = None if again else finished(settings, name)
+    if record is None:
         print(f"run: stage {name!r} of run {settings.run!r} is computed")
         return start(settings, name)
     made_by = None
     with contextlib.suppress(CorecError):
         made_by = fingerprint(settings, name)
     changed = "" if record["fingerprint"] == made_by else ", by an earlier version of the code"
-    print(f"look: stage {name!r} of run {settings.run!r} has finished{changed}; its results are shown, nothing is computed again")
+    print(f"look: stage {name!r} of run {settings.run!r} has finished{changed}; its results are shown, and nothing is trained")
     print(f"(to compute it again: stages.look_or_start(settings, {name!r}, again=True))")
     return Stage(settings.run, name, record["params"], record["made_from"], None, record["fingerprint"], record=record)

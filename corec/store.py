@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from corec import CorecError, paths, stages
+from corec import CorecError, files, paths, stages
 
 
 def unused() -> list[Path]:
@@ -23,7 +23,7 @@ def remove(folders: list[Path]) -> int:
         If a process is working in one of them.
     """
     size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
-    locks = [stages.hold(folder) for folder in folders]
+    locks = [files.lock(folder) for folder in folders]
     for folder in folders:
         (folder / "stage.json").unlink(missing_ok=True)  # first, so that an interrupted removal leaves an unfinished stage
         shutil.rmtree(folder)

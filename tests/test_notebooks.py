@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,12 @@ def test_a_finished_stage_is_looked_at_unless_it_is_asked_for_again(opened: Ran,
     with pytest.raises(CorecError, match="was made with other parameters"):
         stages.look_or_start(other, "evaluation")
     assert "run: stage 'evaluation'" in capsys.readouterr().out
+    file = opened.folder / "raw" / "ml-100k.item"
+    status = file.stat()
+    assert stages.finished(opened.settings, "figures") is not None
+    os.utime(file, (status.st_atime, status.st_mtime + 5))  # the user's file of an earlier stage has changed
+    assert stages.finished(opened.settings, "figures") is None
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def test_the_steering_demonstration_scores_as_the_engine_does(opened: Ran) -> None:
@@ -128,7 +135,10 @@ def test_the_steering_demonstration_scores_as_the_engine_does(opened: Ran) -> No
     assert sum(candidate["truth"] for candidate in state["candidates"]) == 1
     counts = Counter(value for candidate in state["candidates"] for value in candidate["values"])
     assert {value["id"]: value["count"] for value in state["values"] if value["count"]} == dict(counts)
-    for request in ((), *steering.requests_of(state)[-3:]):
+    asked = steering.requests_of(state)
+    for request in asked:  # a constraint can be removed in the static page
+        assert all(part in asked for size in range(len(request)) for part in combinations(request, size))
+    for request in ((), *asked[-3:]):
         answer = session.answer(session.places[0], request)
         assert session.opened is not None
         scores = engine.answer(session.model, session.opened[1], session.row(session.places[0], request), strength=0.5)[0]

@@ -7,6 +7,7 @@ import pytest
 from matplotlib import colors
 
 from corec import claims, evaluation, style
+from corec.params import RerankerParams
 from corec.pictures import prompts, rankings
 from corec.reranker import Prompter, Row
 
@@ -15,7 +16,7 @@ class Tokenizer:
     """A tokenizer of single characters; number 0 is an added token."""
 
     def get_added_vocab(self) -> dict[str, int]:
-        return {"<genre: A&B>": 0}
+        return {"<genre: A&B>": 0, "<A>": 1}
 
     def decode(self, ids: list[int]) -> str:
         return "".join("<genre: A&B>" if number == 0 else chr(number) for number in ids)
@@ -25,14 +26,19 @@ def codes(text: str) -> list[int]:
     return [ord(letter) for letter in text]
 
 
-def test_tokens_are_coloured_by_part_and_escaped() -> None:
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_tokens_are_coloured_by_part_and_escaped(position: str) -> None:
     prompter = Prompter.__new__(Prompter)
-    prompter.heading_history, prompter.heading_candidates = codes("H:\n"), codes("C:\n")
-    prefix = [*codes("H:\nold\nC:\n"), *codes("<b>x"), 0, *codes("\n")]
-    row = Row(prefix, [(10, 16)], [[*codes("R:"), 0]])
+    prompter.params = RerankerParams().model_copy(update={"request_position": position})
+    prompter.heading_history, prompter.heading_candidates, prompter.heading_request = codes("H:\n"), codes("C:\n"), codes("R:")
+    prompter.values = [[0]]
+    asked = [*codes("R:"), 0]
+    line = [1, *codes("<b>x"), 0, *codes("\n")]  # 1: an index token, which is no control token
+    prefix = [*codes("H:\nold\n"), *(asked if position == "before" else []), *codes("C:\n"), *line]
+    row = Row(prefix, [(len(prefix) - len(line), len(prefix))], [asked if position == "after" else []])
     text = prompts.tokens(prompter, row, Tokenizer()).data
     assert "<b>" not in text and "&lt;" in text and "A&amp;B" in text
-    for part, count in {"instruction": 6, "history": 4, "candidates": 5, "request": 2, "control tokens": 2}.items():
+    for part, count in {"instruction": 6, "history": 4, "candidates": 6, "request": 2, "control tokens": 2}.items():
         assert f"{part}: {count}</span>" in text
 
 

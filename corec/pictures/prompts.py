@@ -67,19 +67,23 @@ def tokens(prompter: Prompter, row: Row, tokenizer: Any, request: int = 0) -> HT
     request
         Place of the request among those of the row.
     """
-    added = set(tokenizer.get_added_vocab().values())
+    control = {token for ids in prompter.values for token in ids} & set(tokenizer.get_added_vocab().values())
     first, last = row.spans[0][0], row.spans[-1][1]
-    headings = [prompter.heading_history, prompter.heading_candidates]
+    heading = first - len(prompter.heading_candidates)
+    start = heading  # of a request before the candidates
+    if prompter.params.request_position == "before":
+        wanted = prompter.heading_request
+        start = next(place for place in range(heading) if row.prefix[place : place + len(wanted)] == wanted)
 
     def part(place: int) -> str:
-        token = row.prefix[place]
-        if token in added:
+        if row.prefix[place] in control:
             return "control tokens"
-        in_heading = place < len(headings[0]) or first - len(headings[1]) <= place < first
-        return "instruction" if in_heading else "candidates" if first <= place < last else "history"
+        if place < len(prompter.heading_history) or heading <= place < first:
+            return "instruction"
+        return "candidates" if first <= place < last else "request" if start <= place < heading else "history"
 
     named = [(token, part(place)) for place, token in enumerate(row.prefix)]
-    named += [(token, "control tokens" if token in added else "request") for token in row.suffixes[request]]
+    named += [(token, "control tokens" if token in control else "request") for token in row.suffixes[request]]
     spans = []
     for token, name in named:
         text = html.escape(tokenizer.decode([token])).replace("\n", "↵<br>")

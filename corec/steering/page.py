@@ -24,7 +24,8 @@ def requests_of(state: dict[str, Any], single: int = 24, pairs: int = 12, triple
 
     Returns
     -------
-    Sorted value numbers of each request; the values of a request are of different attributes.
+    Sorted value numbers of each request; the values of a request are of different attributes. Each part of a request is
+    a request too.
     """
     present = sorted((value for value in state["values"] if value["count"]), key=lambda value: -value["count"])
     # Values that nearly all candidates have, or only one, change little: those near a third of the candidates come first.
@@ -35,7 +36,8 @@ def requests_of(state: dict[str, Any], single: int = 24, pairs: int = 12, triple
         groups = itertools.combinations(useful[:12], size)
         different = (group for group in groups if len({value["attribute"] for value in group}) == size)
         chosen += [tuple(sorted(value["id"] for value in group)) for group in itertools.islice(different, number)]
-    return [(), *chosen]
+    parts = {part for request in chosen for size in range(len(request)) for part in itertools.combinations(request, size)}
+    return [(), *chosen, *sorted(parts - {(), *chosen})]  # a constraint can be removed from every request
 
 
 def rounded(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """``corec demo``: the steering demonstration in a browser, served by voila."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +50,22 @@ def serve(profile: Path, port: int, browser: bool) -> int:
     Raises
     ------
     CorecError
-        If the run has no finished stage 04.
+        If the run has no finished stage 04, or the port is in use.
     """
     copy = prepare(profile)
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise CorecError(f"Port {port} cannot be used ({error.strerror}): give another one with --port.") from None
     print(f"the demonstration is at http://localhost:{port}/ (end it with Ctrl-C)", flush=True)
     command = [sys.executable, "-m", "voila", str(copy), f"--port={port}", "--Voila.ip=127.0.0.1", "--Voila.log_level=WARN"]
-    command += [] if browser else ["--no-browser"]
-    return subprocess.run(command, env=os.environ | {"COREC_ROOT": str(paths.root())}, check=False).returncode
+    command += ["--Voila.port_retries=0", *([] if browser else ["--no-browser"])]
+    with subprocess.Popen(command, env=os.environ | {"COREC_ROOT": str(paths.root())}) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+            server.wait(20)
+            return 0

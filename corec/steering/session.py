@@ -49,9 +49,10 @@ class Session:
     def about(self) -> str:
         """One sentence about the run."""
         settings = self.settings
+        alone = "" if settings.reranker.prior else "COREC is the language model alone here, without the score of the retriever. "
         return (
             f"Run {settings.run}: {settings.data.dataset}, K = {settings.controls.k} candidates of SASRec, re-ranker "
-            f"{settings.reranker.backbone}. Choose constraints; the language model answers each request."
+            f"{settings.reranker.backbone}. {alone}Choose constraints; the language model answers each request."
         )
 
     def users(self) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ function bump(state, ranked, n, parent) {
  */
 export async function mount(root, source) {
   root.classList.add("corec-steering");
-  let state, answer, strength = 1, hidden = false, started = performance.now(), turn = 0;
+  let state, answer, opened, strength = 1, hidden = false, started = performance.now(), turn = 0;
 
   element("p", root, source.about, { class: "note" });
   const controls = element("div", root, "", { class: "controls" });
@@ -124,7 +124,7 @@ export async function mount(root, source) {
       const others = selects().filter((each) => each !== select && each.value !== "").map((each) => Number(each.value));
       for (const option of [...select.options].slice(1)) {
         const value = state.values.find((each) => each.id === Number(option.value));
-        option.disabled = value.count === 0 || !source.available(users.value, [...others, value.id]);
+        option.disabled = value.count === 0 || !source.available(opened, [...others, value.id]);
       }
     });
   }
@@ -184,10 +184,12 @@ export async function mount(root, source) {
   }
 
   async function ask() {
+    if (!state) return; // a user is being opened, and asked when that is done
     started = performance.now();
     const current = ++turn;
-    const found = await source.answer(users.value, chosen());
+    const found = await source.answer(opened, chosen());
     if (current !== turn) return; // a later change is being answered
+    if (!found) { status.textContent = "This request has no computed answer: choose other constraints."; return; }
     answer = found;
     hidden = predict.checked && answer.request.length > 0;
     grey();
@@ -197,10 +199,13 @@ export async function mount(root, source) {
   async function open() {
     started = performance.now();
     const current = ++turn;
+    const user = users.value;
+    state = answer = undefined;
+    for (const each of selects()) each.disabled = true;
     status.textContent = "computing the prompt of this user …";
-    const found = await source.open(users.value);
-    if (current !== turn) return;
-    state = found;
+    const found = await source.open(user);
+    if (current !== turn) return; // another user was chosen
+    [state, opened] = [found, user];
     history.textContent = state.history.join(" → ");
     fillAttributes();
     await ask();
@@ -214,7 +219,7 @@ export async function mount(root, source) {
   });
   users.addEventListener("change", open);
   predict.addEventListener("change", () => { hidden = false; if (answer) ask(); });
-  reset.addEventListener("click", () => { selects().forEach((each) => (each.value = "")); ask(); });
+  reset.addEventListener("click", () => { if (state) selects().forEach((each) => (each.value = "")); ask(); });
   await open();
 }
 

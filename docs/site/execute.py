@@ -7,6 +7,7 @@ are left out.
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -33,7 +34,8 @@ def small(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             for kind, value in list(output.get("data", {}).items()):
                 if len(str(value)) > LARGEST:
                     output["data"] = {"text/plain": f"(an output of {len(str(value)) // 1000} KB is left out)"}
-                elif isinstance(value, str) and kind.startswith("text"):
+                    break
+                if isinstance(value, str) and kind.startswith("text"):
                     output["data"][kind] = value.replace(f"{paths.root()}/", "")
             if "text" in output:
                 output["text"] = output["text"].replace(f"{paths.root()}/", "")
@@ -49,18 +51,20 @@ def main() -> int:
     os.environ.pop("COREC_AGAIN", None)
     looked = [name for name in ("data", "sasrec", "controls", "reranker", "evaluation", "figures")]
     for name in looked:
-        stages.check(settings, name)
+        if stages.finished(settings, name) is None:
+            raise SystemExit(f"Stage {name!r} of run {settings.run!r} has not finished: `corec run {profile}` runs it.")
     EXECUTED.mkdir(exist_ok=True)
     for name in ["00_steering", *(stages.NOTEBOOKS[stage] for stage in looked)]:
         path = EXECUTED / f"{name}.ipynb"
-        papermill.execute_notebook(
-            str(ROOT / "notebooks" / path.name),
-            str(path),
-            parameters={"profile": profile},
-            cwd=str(paths.root()),
-            progress_bar=False,
-        )
-        nbformat.write(small(nbformat.read(path, 4)), path)
+        with tempfile.TemporaryDirectory() as folder:
+            executed = papermill.execute_notebook(
+                str(ROOT / "notebooks" / path.name),
+                str(Path(folder) / path.name),
+                parameters={"profile": profile},
+                cwd=str(paths.root()),
+                progress_bar=False,
+            )
+        files.write_text(path, nbformat.writes(small(executed)))
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} KB", flush=True)
     session = steering.Session(settings)
     page = steering.html(steering.collect(session, session.places[:USERS]))
