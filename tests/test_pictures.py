@@ -29,7 +29,7 @@ def codes(text: str) -> list[int]:
 @pytest.mark.parametrize("position", ["after", "before"])
 def test_tokens_are_coloured_by_part_and_escaped(position: str) -> None:
     prompter = Prompter.__new__(Prompter)
-    prompter.params = RerankerParams().model_copy(update={"request_position": position})
+    prompter.params = RerankerParams.model_construct(request_position=position)  # type: ignore[arg-type]
     prompter.heading_history, prompter.heading_candidates, prompter.heading_request = codes("H:\n"), codes("C:\n"), codes("R:")
     prompter.values = [[0]]
     asked = [*codes("R:"), 0]
