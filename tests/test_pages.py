@@ -54,7 +54,12 @@ def text_of(path: Path) -> str:
 def test_the_readme_is_short_and_no_link_is_broken() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     found = 0
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").rglob("*.ipynb")):
+    for path in (
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("notebooks/*.ipynb"),
+        *ROOT.glob("notebooks/solutions/*.ipynb"),
+    ):
         for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text_of(path)):
             if "://" in target or not (target or place):
                 continue

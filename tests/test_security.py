@@ -55,7 +55,7 @@ class Malicious:
 def sources() -> dict[str, str]:
     """All code of the package and the notebooks."""
     found = {str(path): path.read_text() for path in (ROOT / "corec").rglob("*.py")}
-    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+    for path in (*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("notebooks/solutions/*.ipynb")):
         cells = nbformat.read(path, 4).cells
         found[str(path)] = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     return found

@@ -326,7 +326,7 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
     Returns
     -------
     Columns of :data:`corec.evaluation.COLUMNS`, and
-    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds``: `seeds` is their number, `seed` the first one;
+    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds``. `seeds` is their number, `seed` the first one;
     `attribute` is ``all``, or that of the requests.
     """
     vocabulary, cut, parts = prepared.vocabulary, params.figures.k, []

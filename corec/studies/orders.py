@@ -161,8 +161,8 @@ def judge_orders(
 
     Returns
     -------
-    Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high lowest highest seeds n_users K minutes
-    dataset protocol``: the mean over seeds with its bootstrap interval over users; the paired difference from the first
+    Columns ``variant n_tokens metric value low high ahead ahead_low ahead_high lowest highest seeds n_users K minutes dataset``
+    and ``protocol``: the mean over seeds with its bootstrap interval over users; the paired difference from the first
     variant of `scores` (``index, before``, unless `study.orders` names others) with its interval; the range over seeds.
     ``sasrec`` (the retriever's order) and ``rule`` are included for comparison.
     """

@@ -30,6 +30,8 @@ def small(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.metadata.pop("execution", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"].append("remove-cell")
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
         for output in cell.get("outputs", []):
             for kind, value in list(output.get("data", {}).items()):
                 if len(str(value)) > LARGEST:
