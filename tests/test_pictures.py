@@ -110,12 +110,12 @@ def results(corec: list[float], rule: list[float]) -> pd.DataFrame:
 def test_claims_hold_where_the_whole_interval_is_above_0() -> None:
     rows = [
         ("cp", 1, "sasrec", 0.5, 0.4, 0.6), ("cp", 2, "sasrec", 0.3, 0.2, 0.4),
-        ("ndcg", 1, "hard-filter", 0.02, 0.01, 0.03), ("ndcg", 2, "hard-filter", 0.0, -0.01, 0.01),
+        ("ndcg", 0, "sasrec", 0.02, 0.01, 0.03), ("ndcg", 1, "hard-filter", 0.02, 0.01, 0.03), ("ndcg", 2, "hard-filter", 0.0, -0.01, 0.01),
     ]  # fmt: skip
     comparisons = pd.DataFrame(rows, columns=["metric", "n_tokens", "other", "difference", "low", "high"]).assign(k=5)
     coverage = pd.DataFrame({"n_tokens": [1, 2], "truth_violates": [0.5, 0.8]})
     found = claims.judge(results([0.8, 0.6], [0.9, 0.7]), comparisons, coverage, 5).set_index("the paper says")["holds"]
-    assert found.tolist() == ["yes", "yes", "yes", "yes", "with 1 tokens", "yes"]
+    assert found.tolist() == ["yes", "yes", "yes", "yes", "with 1 token", "yes"]
     rising = claims.judge(results([0.6, 0.8], [0.9, 0.7]), comparisons, coverage, 5)["holds"].tolist()
     assert rising[1] == "no" and rising[3] == "no", "CP increases, and is above that of the filter"
 
