@@ -65,10 +65,10 @@ def each(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFram
 
     gain = difference(comparisons, "cp", "sasrec", k)
     yield (
-        f"COREC follows the request: CP@{k} above that of rankers without tokens",
+        f"COREC follows the request: CP@{k} above that of SASRec",
         by_tokens(gain),
         holds(gain),
-        f"`rule`, three lines of code, has the best CP that the candidates allow: {by_n('rule')}; COREC: {by_n('corec')}",
+        f"`rule`, without a language model, has the highest CP that the candidates allow: {by_n('rule')}; COREC: {by_n('corec')}",
     )
     if len(control) > 1:
         decreasing = control.diff().iloc[1:] < 0
@@ -99,9 +99,9 @@ def each(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFram
         f"Figure 8: hard filtering has a lower NDCG@{k} than COREC",
         by_tokens(relevance),
         holds(relevance),
-        "the request, not the ranker, decides: targets that violate it: "
+        "a ranker that follows the request lowers targets that violate it; their share:  "
         + ", ".join(f"{share[n]:.0%}" for n in relevance["n_tokens"])
-        + "; at a lower strength see the frontier",
+        + "; the frontier shows lower strengths",
     )
     plain = evaluation.pick(results, metric="ndcg", k=k, n_tokens=0).set_index("model")["value"]
     # Without tokens the hard filter keeps SASRec's order; of rankers with equal values, the comparisons list one.

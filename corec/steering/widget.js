@@ -88,7 +88,7 @@ export async function mount(root, source) {
   const range = { type: "range", min: 0, max: 2, step: 0.05, value: 1, "aria-label": "strength of control", name: "strength" };
   const slider = element("input", null, "", range);
   const power = element("output", null, "1.00");
-  const strengthLabel = element("label", controls, "strength λ (1: as trained) ");
+  const strengthLabel = element("label", controls, "strength λ (1: the ranker corec)  ");
   strengthLabel.append(slider, power);
   const predict = labelled("predict first", element("input", null, "", { type: "checkbox", name: "predict" }), "line");
   const reset = element("button", controls, "no constraints", { type: "button", name: "reset" });
