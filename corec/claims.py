@@ -99,7 +99,7 @@ def each(results: pd.DataFrame, comparisons: pd.DataFrame, coverage: pd.DataFram
         f"Figure 8: hard filtering has a lower NDCG@{k} than COREC",
         by_tokens(relevance),
         holds(relevance),
-        "a ranker that follows the request lowers targets that violate it; their share:  "
+        "a ranker that follows the request lowers targets that violate it; their share: "
         + ", ".join(f"{share[n]:.0%}" for n in relevance["n_tokens"])
         + "; the frontier shows lower strengths",
     )

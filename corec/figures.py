@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from corec import CorecError, evaluation, files, frontier, manifest, paths, schemes, stages, style
+from corec.claims import YES
 from corec.params import Params
 
 SHOWN = "sasrec combiner hard-filter rule zero-shot no-token corec".split()  # the models of Figures 6 and 7
@@ -168,7 +169,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-YES = {True: "yes", False: "no"}
 EXTRA = ("claims", "gaps", "frontier", "comparisons", "signs")  # further tables of stage 05
 
 

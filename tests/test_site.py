@@ -1,6 +1,7 @@
 """The site: it builds, its links and pictures exist, and its pages work in a browser without any other host."""
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 
+from corec import steering
 from tests.test_notebooks import browser  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +105,13 @@ def test_executed_notebooks_are_those_of_the_repository() -> None:
             assert all(len(str(value)) <= 200_000 for value in output.get("data", {}).values())
     text = "".join(path.read_text() for path in (ROOT / "docs" / "executed").iterdir())
     assert "/home/" not in text and str(ROOT) + "/" not in text
+
+
+def test_the_steering_page_is_that_of_the_present_widget() -> None:
+    page = (ROOT / "docs" / "executed" / "steering.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert data is not None
+    assert steering.html(json.loads(data[1])) == page, "the page is outdated: run docs/site/execute.py"
 
 
 def outputs(notebook: Any) -> Iterator[Any]:

@@ -70,8 +70,6 @@ def collect(session: Session, users: Sequence[int]) -> dict[str, Any]:
 
 def html(data: dict[str, Any], title: str = "Steering COREC") -> str:
     """A page with the demonstration, its script, its style and its data; it requests nothing from any host."""
-    script = (FILES / "widget.js").read_text()
-    cut = script.index("// The widget of a notebook")
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # text of the data cannot end the script
     source = """
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -103,7 +101,7 @@ h1 {{ font-size: 1.3em; margin: 0 0 4px; }}
 <div id="steering"></div>
 <script type="application/json" id="data">{embedded}</script>
 <script type="module">
-{script[:cut]}
+{(FILES / "widget.js").read_text()}
 {source}
 </script>
 </body>
