@@ -46,6 +46,13 @@ def processor() -> str:
     return ", ".join([name, f"{os.cpu_count()} cores", *(bfloat16_instructions() or [])])
 
 
+def hardware() -> str:
+    """Operating system, processor, and the GPU if this process has used it."""
+    torch = sys.modules.get("torch")
+    gpu = [torch.cuda.get_device_name()] if torch is not None and torch.cuda.is_initialized() else []
+    return ", ".join([f"{platform.system()} {platform.machine()}", processor(), *gpu])
+
+
 def name() -> str:
     """Name of the GPU, or of the processor if there is none (see :func:`processor`)."""
     import torch

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -300,7 +299,7 @@ class Stage:
             "params": self.params,
             "seconds": round(time.time() - self.started, 1),
             "peak_memory_mb": machine.peak_memory_mb(),
-            "machine": f"{platform.system()} {platform.machine()}, {machine.processor()}",
+            "machine": machine.hardware(),
             "outputs": written,
             **facts,
         }

@@ -101,3 +101,11 @@ def test_the_processor_decides_the_number_format_however_busy_it_is(
     assert machine.resolve_dtype("auto") == getattr(torch, wanted)
     machine.resolve_dtype.cache_clear()
     assert machine.processor().startswith("A processor, ") and ("amx_bf16" in machine.processor()) == ("amx" in flags)
+
+
+def test_a_record_names_the_gpu_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "processor", lambda: "A processor")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        assert machine.hardware().endswith("A processor, A GPU" if used else "A processor")

@@ -85,6 +85,43 @@ def test_two_processes_learn_what_one_learns(world: World, atomic: Path, tmp_pat
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_launch_of_one_process_learns_the_same(world: World, atomic: Path, tmp_path: Path, how: str) -> None:
+    settings, file = prepare(world, atomic)
+    train_alone(world, settings, tmp_path / "alone")
+    ran = launch(how, file, processes=1)
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    one, other = saved(tmp_path / "alone"), saved(paths.stage_dir("several", "reranker"))
+    np.testing.assert_allclose([row[2] for row in other["rows"]], [row[2] for row in one["rows"]], atol=1e-4)
+
+
+GROUPED = """
+import os
+import sys
+from pathlib import Path
+import torch
+from test_reranker import World
+from torch.distributed.tensor import DTensor
+from corec.reranker import devices
+from corec.scale import launch
+world = World(Path(sys.argv[1]))
+model = world.build(world.params(readout="late"))
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # as on a GPU
+devices.prepare(model, launch.join())
+assert all(isinstance(value, DTensor) for value in model.causal.base_model.layers.parameters())
+"""
+
+
+def test_one_process_with_a_group_has_one_shard_of_each_layer(atomic: Path, tmp_path: Path) -> None:
+    script = tmp_path / "grouped.py"
+    script.write_text(GROUPED)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(script), str(atomic)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_what_one_process_began_two_go_on_with(world: World, atomic: Path, tmp_path: Path, how: str) -> None:
     settings, file = prepare(world, atomic)
     train_alone(world, settings, tmp_path / "alone")

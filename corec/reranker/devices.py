@@ -44,13 +44,15 @@ class Scorer(nn.Module):
 def prepare(reranker: Reranker, accelerator: Accelerator) -> nn.Module:
     """Wrap the re-ranker as a module for the processes of `accelerator`: data parallel, or with sharded layers.
 
+    With FSDP, a single process in a process group has one shard of each layer, which is the whole layer.
+
     Raises
     ------
     CorecError
         If FSDP is requested and the architecture does not name its transformer layers.
     """
     module = Scorer(reranker)
-    if accelerator.num_processes > 1 and asked_for("ACCELERATE_USE_FSDP"):
+    if asked_for("ACCELERATE_USE_FSDP") and torch.distributed.is_initialized():
         return shard(module, reranker, accelerator)
     return accelerator.prepare_model(module)
 
