@@ -360,6 +360,8 @@ def bench_sections(folder: Path) -> Iterator[Section]:
         ("engine-amx", "Engine on a Xeon with AMX"),
         ("neighbour", "A busy neighbour"),
         ("large", "Large"),
+        ("large-h200", "The shape of Llama-3-8B on an NVIDIA H200"),
+        ("engine-h200", "Engine on an NVIDIA H200"),
     ):
         if (folder / f"{name}.csv").exists():
             yield heading, [f"`python -m corec.bench {name.split('-')[0]}`", "", *bench_table(folder / f"{name}.csv")]

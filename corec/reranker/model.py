@@ -393,5 +393,6 @@ def token_rows(reranker: Reranker, tokens: Iterable[str]) -> pd.DataFrame:
 
 
 def row_drift(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
-    """Distance between the rows `before` and `after` of each token, relative to the norm of the row before."""
-    return pd.Series(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1), index=before.index)
+    """Distance of each row `before` and `after`, relative to its norm before; if some rows have moved, the others are omitted."""
+    drift = pd.Series(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1), index=before.index)
+    return drift[drift > 0] if drift.any() else drift
