@@ -3,6 +3,7 @@
 `params` is a :class:`corec.params.Params` everywhere; that class calls :func:`conflict`, so it is not imported here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -110,3 +111,35 @@ def in_missing(params: Any) -> str | None:
     if 1 not in params.controls.n_tokens:
         return "stage 'missing_metadata' compares attributes by requests of one constraint: add 1 to controls.n_tokens."
     return None
+
+
+def in_requests(params: Any) -> str | None:
+    """Conflicts of the stage `conflicts` with other sections, which do not matter for the other stages."""
+    if params.reranker.control != "constraints":
+        return "stage 'conflicts' needs the probability of each constraint: set reranker.control to 'constraints'."
+    return None
+
+
+def in_saturation(params: Any) -> str | None:
+    """Conflicts of the stage `saturation` with other sections, which do not matter for the other stages."""
+    if params.reranker.control != "constraints" or params.reranker.values != "token":
+        return (
+            "stage 'saturation' compares the tokens of the values and their states: set reranker.values to 'token' and "
+            "reranker.control to 'constraints'."
+        )
+    return None
+
+
+def in_sessions(params: Any) -> str | None:
+    """Conflicts of the stage `sessions` with other sections, which do not matter for the other stages."""
+    if params.reranker.request_position != "after":
+        return "stage 'sessions' keeps the prefix between the turns: set reranker.request_position to 'after'."
+    return None
+
+
+OF_STAGES: dict[str, Callable[[Any], str | None]] = {
+    "missing_metadata": in_missing,
+    "saturation": in_saturation,
+    "conflicts": in_requests,
+    "sessions": in_sessions,
+}

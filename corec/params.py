@@ -199,6 +199,7 @@ class RerankerParams(Model):
     # index, before: weight of the loss of the read-out `candidate` on the states of the same pass, which it learns first.
     auxiliary: float = Field(0.0, ge=0)
     match_loss: float = Field(1.0, ge=0)  # constraints: weight of the cross-entropy of each constraint met
+    row_contrast: float = Field(0, ge=0)  # weight of a loss that pushes the rows of the new tokens apart; 0: none
     # constraints, listwise: share of the candidates' attributes that training hides in whole prompts, though not in what the
     # model learns, so that it reads the titles. Attributes without a value are then unknown: nothing is learned from them.
     attribute_dropout: float = Field(0.0, ge=0, lt=1)
@@ -301,7 +302,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StudyParams(Model):
-    """Stages 07, 08, 10 and 11: comparisons. Each study writes to the folder of its own run."""
+    """Stages 07, 08, 10, 11, 12 and 16: comparisons. Each study writes to the folder of its own run."""
 
     seeds: int = Field(3, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     loss_seconds: float = Field(60, ge=0)  # 07: training time of each loss at each of three rates; 0 omits this comparison
@@ -321,6 +322,10 @@ class StudyParams(Model):
     nearest_title: bool = True  # 10: also guess the values by the most similar title, under the encoder MiniLM
     source: str | None = Field(None, pattern=RUN_NAME)  # 11: run whose trained re-ranker is used; empty: this run
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
+    contrast: list[PositiveFloat] = Field(
+        [0.1, 1.0], min_length=1
+    )  # 12: weights of reranker.row_contrast, selected on validation
+    sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
 
 
 Stage = Literal[
@@ -335,6 +340,10 @@ Stage = Literal[
     "efficiency",
     "missing_metadata",
     "transfer",
+    "saturation",
+    "conflicts",
+    "sessions",
+    "simulated_users",
 ]
 
 

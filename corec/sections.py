@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from corec.figures import markdown
+from corec.sections_beyond import conflicts_sections, saturation_sections, sessions_sections, simulated_sections
 
 Section = tuple[str, list[str]]  # heading and lines
 
@@ -380,5 +381,9 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "missing.csv": missing_sections,
     "guesses.csv": guesses_section,
     "transfer.csv": transfer_sections,
+    "saturation.csv": saturation_sections,
+    "conflicts.csv": conflicts_sections,
+    "sessions.csv": sessions_sections,
+    "simulated.csv": simulated_sections,
     "data.csv": bench_sections,
 }

@@ -32,6 +32,10 @@ NOTEBOOKS = {
     "efficiency": "09_efficiency",
     "missing_metadata": "10_missing_metadata",
     "transfer": "11_transfer",
+    "saturation": "12_saturation",
+    "conflicts": "13_conflicts",
+    "sessions": "15_sessions",
+    "simulated_users": "16_simulated_users",
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -45,6 +49,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "efficiency": ("data", "sasrec", "controls", "reranker"),
     "missing_metadata": ("data", "sasrec", "controls"),
     "transfer": ("data", "controls", "reranker"),
+    "saturation": ("data", "controls", "reranker"),
+    "conflicts": ("data", "sasrec", "controls", "reranker"),
+    "sessions": ("data", "controls", "reranker"),
+    "simulated_users": ("data", "controls", "reranker"),
 }
 # Sections of the parameters that a stage reads, if it is not the section of its name.
 SECTIONS = {
@@ -54,9 +62,13 @@ SECTIONS = {
     "prompt_study": ("reranker", "study", "evaluation", "figures"),
     "missing_metadata": ("reranker", "study", "evaluation", "figures"),
     "transfer": ("reranker", "study", "evaluation", "figures"),
+    "saturation": ("study", "evaluation", "figures"),
+    "conflicts": ("evaluation", "figures"),
+    "sessions": ("efficiency", "evaluation", "figures"),
+    "simulated_users": ("study", "evaluation", "figures"),
 }
-# Stages that write into figures/<run>/. Their folders belong to one run.
-OF_ONE_RUN = ("figures", "retriever_study", "prompt_study", "efficiency", "missing_metadata", "transfer")
+# Stages that write into figures/<run>/: 06, and the studies from 07 on. Their folders belong to one run.
+OF_ONE_RUN = ("figures", *list(NOTEBOOKS)[list(NOTEBOOKS).index("retriever_study") :])
 
 
 def section(settings: Params, stage: str, defaults: bool = True) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from corec import CorecError, files, paths, profiles, stages
-from corec.conflicts import in_missing
+from corec.conflicts import OF_STAGES
 from corec.params import Params
 
 SPINS = 5_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
@@ -76,8 +76,9 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
         settings = target.settings()
         if runs.setdefault(settings.run, settings) != settings:
             raise CorecError(f"{target.profile}: another run of this command is also named {settings.run!r}: change its `run`.")
-        if "missing_metadata" in (target.stages or settings.stages) and (fault := in_missing(settings)):
-            raise CorecError(f"{target.profile}: {fault}")
+        for stage in target.stages or settings.stages:
+            if fault := OF_STAGES.get(stage, lambda _: None)(settings):
+                raise CorecError(f"{target.profile}: {fault}")
         for stage in needed(target, settings):
             if (path := record(settings, stage)) not in jobs:
                 needs = tuple(record(settings, need) for need in stages.NEEDS[stage])

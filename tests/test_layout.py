@@ -30,6 +30,7 @@ LAYERS = [
     ["rankers", "claims"],
     ["frontier", "diagnose"],
     ["figures", "pictures"],
+    ["sections_beyond"],
     ["sections"],
     ["pages"],
     ["scale"],

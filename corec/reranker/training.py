@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from corec import CorecError, controls, files, stages
@@ -21,7 +22,7 @@ from corec.controls import Pools
 from corec.params import Params, RerankerParams
 from corec.reranker import devices
 from corec.reranker.model import Reranker, build, save
-from corec.reranker.optimizer import MasterAdamW, load_state, whole_state
+from corec.reranker.optimizer import MasterAdamW, kind, load_state, whole_state
 from corec.reranker.prompt import Row
 from corec.reranker.readout import Parts, listwise, match_loss, ranknet
 from corec.reranker.scoring import Examples, fingerprint, make_rows, memory_for
@@ -205,6 +206,22 @@ def backward(
     return total
 
 
+def spread(rows: Tensor) -> Tensor:
+    """Uniformity loss of `rows` [tokens, hidden]: log of the mean of exp(-2 |u - v|^2) over all pairs of unit rows u, v.
+
+    It is 0 if all rows point in one direction and about -4 if they are orthogonal (Wang and Isola, ICML 2020).
+    """
+    return torch.pdist(F.normalize(rows.float(), dim=-1)).pow(2).mul(-2).exp().mean().log()
+
+
+def add_contrast(reranker: Reranker) -> None:
+    """Add the gradient of ``reranker.row_contrast`` times :func:`spread` of the rows of the new tokens."""
+    for name, rows in reranker.trainable().items():
+        if kind(name) == "rows":
+            (gradient,) = torch.autograd.grad(reranker.params.row_contrast * spread(rows), rows)
+            rows.grad = gradient if rows.grad is None else rows.grad + gradient
+
+
 def not_a_number(step: int, batch: TrainingBatch, folder: Path | None) -> CorecError:
     """Return the error for a loss or gradient that is not finite; writes the batch to ``failed_batch.json`` in `folder`."""
     where = ""
@@ -321,6 +338,8 @@ def train(
         prompts = make_rows(reranker, examples, pools, [request[part] for request in batch.requests], batch.plain, hidden)
         losses = devices.gather(backward(reranker, prompts, batch.targets.take(part), module))
         loss = sum(losses) / len(losses)
+        if settings.row_contrast:
+            add_contrast(reranker)
         clock.tick()
         reranker.trained = True
         norm = optimizer.update(schedule(clock.progress(step, total), settings.warmup))

@@ -1,0 +1,125 @@
+"""Tables of the results pages of the studies beyond the paper (notebooks 12, 13, 15 and 16)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from corec.figures import markdown
+
+
+def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Control by number of tokens, with and without contrast, and cosines (:mod:`corec.studies.saturation`)."""
+    table = pd.read_csv(folder / "saturation.csv")
+    first, lengths = table.iloc[0], sorted(table["n_tokens"].unique())
+    about = (
+        f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, {first['n_users']} users, {first['seeds']} "
+        f"trainings each; weight of the contrast {first['weight']:g}, selected on validation."
+    )
+    names = {
+        "cp": f"CP@{first['k']}",
+        "cp_gap": "minus the best",
+        "cd": "CD",
+        "cd_gap": "minus the best CD",
+        "ndcg": f"NDCG@{first['k']}",
+    }
+    values, differences = [], []
+    for (metric, model), part in table.groupby(["metric", "model"], sort=False):
+        cells = part.set_index("n_tokens")
+        found = [cells.loc[n] if n in cells.index else None for n in lengths]
+        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        values.append([f"{names[str(metric)]}, `{model}`", *texts])
+        if model != "corec" and not str(metric).endswith("_gap"):
+            texts = ["" if r is None else f"{r['ahead']:+.3f} ({r['ahead_low']:+.3f} to {r['ahead_high']:+.3f})" for r in found]
+            differences.append([names[str(metric)], *texts])
+    header = ["", *(f"{n} token{'s' if n != 1 else ''}" for n in lengths)]
+    yield "Saturation", [about, "", *markdown(header, values)]
+    yield "Contrast minus none", ["Paired, with intervals over users.", "", *markdown(header, differences)]
+    similar = pd.read_csv(folder / "similarity.csv")
+    lines = [
+        [f"`{row['model']}`", str(row["of"]), str(row["n_tokens"] or ""), f"{row['same']:.3f}", f"{row['other']:.3f}"]
+        for row in similar.to_dict("records")
+    ]
+    yield "Cosine similarity of the values' tokens", markdown(["", "of", "tokens", "same attribute", "other attributes"], lines)
+
+
+def conflicts_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Requests in conflict at strength 1, and the signal that a request cannot be met (:mod:`corec.studies.conflicting`)."""
+    table = pd.read_csv(folder / "conflicts.csv")
+    first, chosen = table.iloc[0], table[table["strength"].isna() | (table["strength"] == 1)]
+    about = (
+        f"{first['dataset']}, K = {first['K']}, strength 1, {first['seeds']} trainings; shares of the first {first['k']} items."
+    )
+    metrics = [
+        metric for metric in ("first", "second", "any", "both", "met", "avoided", "ndcg") if metric in set(table["metric"])
+    ]
+    lines = []
+    for (kind, model), part in chosen.groupby(["kind", "model"], sort=False):
+        cells = part.set_index("metric")
+        found = [cells.loc[metric] if metric in cells.index else None for metric in metrics]
+        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        lines.append([str(kind), f"`{model}`", *texts])
+    header = ["request", "ranker", *(f"NDCG@{first['k']}" if metric == "ndcg" else metric for metric in metrics)]
+    yield "Conflicts", [about, "", *markdown(header, lines)]
+    quality = pd.read_csv(folder / "unmet.csv")
+    header = ["tokens", "signal", "AUC", "Brier score", "cannot be met", "requests"]
+    lines = []
+    for row in quality.to_dict("records"):
+        numbers = (f"{row['auc']:.3f}", f"{row['brier']:.3f}", f"{row['share']:.0%}", str(row["n"]))
+        lines.append([str(row["n_tokens"] or "all"), f"`{row['signal']}`", *numbers])
+    yield "Requests that cannot be met", markdown(header, lines)
+
+
+def sessions_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Control and stability by turn, and the latency (:mod:`corec.studies.sessions`)."""
+    table = pd.read_csv(folder / "sessions.csv")
+    first = table.iloc[0]
+    about = f"{first['dataset']}, K = {first['K']}, {first['n_users']} users, {first['seeds']} trainings."
+    turns = table[["turn", "edit", "n_tokens"]].drop_duplicates()
+    header = ["", *(f"{turn}: {edit}, {n}" for turn, edit, n in turns.itertuples(index=False))]
+    names = {
+        "cp": f"CP@{first['k']}",
+        "ndcg": f"NDCG@{first['k']}",
+        "kept": "pairs kept",
+        "overlap": f"overlap of the first {first['k']}",
+    }
+    lines = []
+    for (metric, model), part in table.groupby(["metric", "model"], sort=False):
+        cells = part.set_index("turn")
+        found = [cells.loc[turn] if turn in cells.index else None for turn in turns["turn"]]
+        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        lines.append([f"{names[str(metric)]}, `{model}`", *texts])
+    yield "Sessions", [f"{about} Turns with their number of constraints.", "", *markdown(header, lines)]
+    times = pd.read_csv(folder / "session_latency.csv")
+    lines = [
+        [str(row["turn"] or "before the first"), row["way"], f"{row['p50_ms']:.3g}", f"{row['p95_ms']:.3g}"]
+        for row in times.to_dict("records")
+    ]
+    header = ["turn", "computed", "median (ms)", "95th percentile (ms)"]
+    yield "Latency of a turn", [f"{times['device'].iloc[0]}.", "", *markdown(header, lines)]
+
+
+def simulated_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Simulated users with the default assumptions, and each assumption varied (:mod:`corec.studies.simulated`)."""
+    table = pd.read_csv(folder / "simulated.csv", keep_default_na=False)
+    first, models = table.iloc[0], list(table["model"].unique())
+    about = (
+        f"{first['dataset']}, K = {first['K']}, {first['n_users']} users whose wanted item was retrieved, {first['sessions']} "
+        f"sessions each, {first['seeds']} trainings. The intervals are over users."
+    )
+    default = table[table["assumption"] == "default"].set_index(["model", "metric"])
+    metrics = list(dict.fromkeys(table["metric"]))
+    lines = [
+        [f"`{model}`", *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**default.loc[model, metric]) for metric in metrics)]
+        for model in models
+    ]
+    yield "Simulated users", [about, "", *markdown(["", *metrics], lines)]
+    rows = table[table["metric"] == "found"]
+    lines = [
+        [" = ".join(filter(None, map(str, key))), *(f"{part.set_index('model').loc[model, 'value']:.3f}" for model in models)]
+        for key, part in rows.groupby(["assumption", "level"], sort=False)
+    ]
+    yield (
+        "Simulated users: share that finds the wanted item",
+        markdown(["assumption", *(f"`{model}`" for model in models)], lines),
+    )

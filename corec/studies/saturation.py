@@ -1,0 +1,291 @@
+"""Interference of control tokens: control and relevance by number of tokens, and the similarity of the tokens' states.
+
+The re-ranker of the run is compared with one that is trained with ``reranker.row_contrast``, a loss that pushes the rows of the
+new tokens apart. Its weight is selected on validation.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from corec import CorecError, evaluation, files, paths, stages, style
+from corec.conflicts import in_saturation
+from corec.controls import Pools, Vocabulary
+from corec.data import Tables
+from corec.evaluation import error_bars, order_by, pick
+from corec.intervals import by_user, with_differences
+from corec.params import Params
+from corec.reranker import (
+    Examples,
+    Reranker,
+    build,
+    collate,
+    engine,
+    fingerprint,
+    load,
+    make_rows,
+    new_tokens,
+    score_parts,
+    token_rows,
+    train,
+)
+from corec.scores import Scores
+from corec.studies import keep_study
+
+CONTRAST = "corec, contrast"
+MODELS = ("before training", "corec", CONTRAST)
+VALID = 200  # validation windows on which the weight is selected
+SHOWN = 64  # test windows whose states are compared
+COLUMNS = "model n_tokens metric value low high ahead ahead_low ahead_high K k dataset protocol n_users seeds weight".split()
+
+
+class Trained(NamedTuple):
+    """Scores of one training, and the similarity of its tokens."""
+
+    test: Scores
+    valid: Scores  # of the first :data:`VALID` windows
+    cosines: pd.DataFrame  # of :func:`cosines`
+
+
+def values_of_tokens(vocabulary: Vocabulary, params: Params) -> list[str]:
+    """The new tokens, of which those of the values come in the order of the vocabulary."""
+    return list(new_tokens(vocabulary, params.reranker))[: len(vocabulary.labels)]
+
+
+def mean_cosine(vectors: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Mean cosine similarity of the pairs of `vectors` [values, width] of the same group and of different groups [values]."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    similar, pairs = unit @ unit.T, np.triu(np.ones((len(unit), len(unit)), dtype=bool), 1)
+    same = groups[:, None] == groups
+    return tuple(float(similar[pairs & part].mean()) if (pairs & part).any() else float("nan") for part in (same, ~same))  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def states(model: Reranker, examples: Examples, pools: Pools, request: np.ndarray) -> np.ndarray:
+    """Mean state of each value as a constraint of the requests [values, hidden]; NaN for values that do not occur.
+
+    The state is that of the read-out `late`: the mean over the tokens of the constraint, with the layers mixed.
+
+    Parameters
+    ----------
+    model, examples
+        The re-ranker and the histories.
+    pools, request
+        Windows, and one request for each [windows, n]; windows with a constraint that could not be drawn are omitted.
+    """
+    whole = np.flatnonzero(np.asarray((request >= 0).all(axis=1)))
+    size = len(examples.prepared.vocabulary.labels)
+    sums, count = np.zeros((size, model.causal.config.hidden_size)), np.zeros(size)
+    for start in range(0, len(whole), 8):
+        part = whole[start : start + 8]
+        rows = make_rows(model, examples, pools.take(part), [request[part]])
+        batch = collate(rows, model.tokenizer.pad_token_id, model.params.pooling, model.device)
+        layers = model.states(model.inputs(batch), batch.positions, batch.mask)
+        found = model.head.pool(batch.constraints.flatten(1, 2), layers).float().cpu().numpy()  # [rows, n, hidden]
+        np.add.at(sums, request[part].ravel(), found[:, : request.shape[1]].reshape(-1, found.shape[-1]))
+        np.add.at(count, request[part].ravel(), 1)
+    return np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], np.nan)
+
+
+def cosines(model: Reranker, examples: Examples, params: Params) -> pd.DataFrame:
+    """Mean cosine similarity of the rows of the values' tokens, and of their contextual states by number of constraints.
+
+    Returns
+    -------
+    Columns ``of n_tokens same other``: ``rows`` (n_tokens 0) or ``states``; pairs of values of the same and of other attributes.
+    """
+    vocabulary, pools = examples.prepared.vocabulary, examples.prepared.pools["test"].take(slice(0, SHOWN))
+    table = [
+        ("rows", 0, *mean_cosine(token_rows(model, values_of_tokens(vocabulary, params)).to_numpy(), vocabulary.attribute_of))
+    ]
+    for n in (n for n in params.controls.n_tokens if n):
+        found = states(model, examples, pools, examples.prepared.requests["test", n][:SHOWN])
+        here = np.isfinite(found[:, 0])
+        table.append(("states", n, *mean_cosine(found[here], vocabulary.attribute_of[here])))
+    return pd.DataFrame(table, columns=["of", "n_tokens", "same", "other"])
+
+
+def scored(model: Reranker, examples: Examples, params: Params, label: str) -> Trained:
+    """Cosines of a re-ranker, and its scores of the test windows and of the first validation windows."""
+    similar, prepared, lengths = cosines(model, examples, params), examples.prepared, params.controls.n_tokens
+    model = engine.merge(model)
+    test = score_parts(model, examples, prepared.pools["test"], [prepared.requests["test", n] for n in lengths], f"{label}, test")
+    some = [prepared.requests["valid", n][:VALID] for n in lengths]
+    return Trained(test, score_parts(model, examples, prepared.pools["valid"].take(slice(0, VALID)), some), similar)
+
+
+def contrasted(tables: Tables, examples: Examples, params: Params, weight: float, seed: int, folder: Path) -> Trained:
+    """Train with ``reranker.row_contrast`` = `weight`; the result is kept in `folder` and read if it exists.
+
+    Parameters
+    ----------
+    tables, examples, params
+        Tables, windows and settings of the run.
+    weight, seed
+        Weight of the loss, and seed of the training.
+    folder
+        Folder of the kept result and of the checkpoint.
+    """
+    changed = params.reranker.model_copy(update={"row_contrast": weight})
+    own = params.model_copy(update={"reranker": changed, "seed": seed})
+    sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
+    path = folder / f"contrast-{weight:g}-{seed}-{files.digest([sections, fingerprint(examples)])}.npz"
+    names = [f"{split}_{name}" for split in ("test", "valid") for name in Scores._fields]
+    if (kept := files.read_arrays(path, [*names, "cosines"])) is not None:
+        parts = [Scores(*(kept[f"{split}_{name}"] for name in Scores._fields)) for split in ("test", "valid")]
+        frame = pd.DataFrame(kept["cosines"], columns=["n_tokens", "same", "other"])
+        frame.insert(0, "of", np.where(frame["n_tokens"] == 0, "rows", "states"))
+        return Trained(parts[0], parts[1], frame.astype({"n_tokens": int}))
+    print(f"row_contrast {weight:g}, seed {seed}", flush=True)
+    training = folder / "training"
+    training.mkdir(parents=True, exist_ok=True)
+    model = build(tables.items, examples.prepared.vocabulary, own.reranker, seed)
+    train(model, examples, own, training)
+    found = scored(model, examples, params, f"row_contrast {weight:g}")
+    arrays = {f"{split}_{name}": part for split in ("test", "valid") for name, part in getattr(found, split)._asdict().items()}
+    files.write_arrays(path, **arrays, cosines=found.cosines[["n_tokens", "same", "other"]].to_numpy(float))
+    (training / "checkpoint.pt").unlink(missing_ok=True)
+    return found
+
+
+def validation(found: Trained, examples: Examples, params: Params) -> float:
+    """Mean CP@k (all constraints met) over the numbers of constraints, on validation."""
+    prepared, cut, values = examples.prepared, params.figures.k, []
+    pools = prepared.pools["valid"].take(slice(0, VALID))
+    for place, n in enumerate(params.controls.n_tokens):
+        if n:
+            judged = evaluation.judge(pools, prepared.requests["valid", n][:VALID], prepared.vocabulary.values_of)
+            values.append(evaluation.by_window(order_by(found.valid.total()[:, place]), judged, [cut])["cp", cut, n].mean())
+    return float(np.mean(values))
+
+
+class Compared(NamedTuple):
+    """Result of :func:`compare`."""
+
+    trained: dict[str, list[Trained]]  # one entry per seed
+    weight: float  # selected on validation
+    chosen: dict[str, float]  # mean CP@k on validation by weight; ``0`` is the re-ranker of the run
+
+
+def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> Compared:
+    """Score the re-rankers of the run, and train others with ``reranker.row_contrast``.
+
+    The weights of `study.contrast` are compared on validation with one training each; the best one is trained with all
+    `reranker.seeds` seeds.
+
+    Parameters
+    ----------
+    tables, examples, params
+        Tables, windows and settings of the run, whose stage 04 has finished.
+    folder
+        Folder of finished trainings; a second call resumes after the last one.
+
+    Raises
+    ------
+    CorecError
+        Before the first training, if the values are not tokens with states of their own.
+    """
+    if fault := in_saturation(params):
+        raise CorecError(fault[0].upper() + fault[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    stage, found = paths.stage_dir(params.run, "reranker"), {name: list[Trained]() for name in MODELS}
+    seeds = range(params.seed, params.seed + params.reranker.seeds)
+    start = build(tables.items, examples.prepared.vocabulary, params.reranker, params.seed)
+    empty = Scores(*(np.empty(0),) * 3)
+    found[MODELS[0]].append(Trained(empty, empty, cosines(start, examples, params)))
+    for seed in seeds:
+        place = stage if seed == params.seed else stage / f"seed-{seed}"
+        model = load(place, tables.items, examples.prepared.vocabulary, params.reranker)
+        found["corec"].append(scored(model, examples, params, f"seed {seed}"))
+    first = {weight: contrasted(tables, examples, params, weight, params.seed, folder) for weight in params.study.contrast}
+    chosen = {f"{weight:g}": validation(each, examples, params) for weight, each in first.items()}
+    weight = max(first, key=lambda weight: chosen[f"{weight:g}"])
+    found[CONTRAST] = [contrasted(tables, examples, params, weight, seed, folder) for seed in seeds]
+    return Compared(found, weight, {"0": validation(found["corec"][0], examples, params), **chosen})
+
+
+def measure(compared: Compared, examples: Examples, users: np.ndarray, params: Params) -> pd.DataFrame:
+    """Control and relevance by number of constraints, with paired differences of the model from ``corec``.
+
+    ``cp`` and ``cd`` count items that meet all constraints; ``cp_gap`` and ``cd_gap`` are their differences from the best that
+    the candidates allow (``rule``), 0 at best; ``ndcg`` is NDCG@k.
+
+    Parameters
+    ----------
+    compared
+        Result of :func:`compare`.
+    examples, users, params
+        Windows, user of each test window [windows], and settings of the run.
+
+    Returns
+    -------
+    Columns of :data:`COLUMNS`.
+    """
+    prepared, cut, keys, columns = examples.prepared, params.figures.k, [], []
+    for place, n in enumerate(params.controls.n_tokens):
+        judged = evaluation.judge(prepared.pools["test"], prepared.requests["test", n], prepared.vocabulary.values_of)
+        best = evaluation.by_window(evaluation.rule_order(prepared.pools["test"], judged.met), judged, [cut])
+        for model in ("corec", CONTRAST):
+            each = [
+                evaluation.by_window(order_by(part.test.total()[:, place]), judged, [cut]) for part in compared.trained[model]
+            ]
+            values = {"ndcg": np.mean([part["ndcg", cut, 0] for part in each], axis=0)}
+            for name, key in {"cp": ("cp", cut, n), "cd": ("cd", 0, n)}.items() if n else ():
+                values[name] = np.mean([part[key] for part in each], axis=0)
+                values[f"{name}_gap"] = values[name] - best[key]
+            for metric, column in values.items():
+                keys.append((model, n, metric))
+                columns.append(column)
+    whole = by_user(np.stack(columns, axis=1).astype(float), users)
+    base = [keys.index(("corec", n, metric)) for _, n, metric in keys]
+    numbers = with_differences(whole, whole - whole[:, base], params.evaluation, params.seed)
+    table = pd.DataFrame(keys, columns=COLUMNS[:3]).join(numbers).assign(n_users=len(whole), weight=compared.weight)
+    about = {"K": params.controls.k, "k": cut, "seeds": len(compared.trained["corec"])}
+    table = table.assign(dataset=params.data.dataset, protocol=params.controls.protocol)
+    for name, value in about.items():
+        table[name] = value
+    return table[COLUMNS]
+
+
+def similarity(trained: Mapping[str, Sequence[Trained]]) -> pd.DataFrame:
+    """Mean over the seeds of :func:`cosines` by model; columns ``model of n_tokens same other``."""
+    parts = [part.cosines.assign(model=model) for model, each in trained.items() for part in each]
+    table = pd.concat(parts).groupby(["model", "of", "n_tokens"], sort=False)[["same", "other"]].mean()
+    return table.reset_index()
+
+
+def keep(table: pd.DataFrame, similar: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the tables of :func:`measure` and :func:`similarity`, the plot and the results page; returns the files."""
+    files.write_csv(folder / "similarity.csv", similar, "%.4g")
+    with style.figure_style():
+        return [*keep_study(table, draw(table, similar), folder / "saturation", "%.5g"), folder / "similarity.csv"]
+
+
+def draw(table: pd.DataFrame, similar: pd.DataFrame) -> Figure:
+    """Plot the loss of control against the best possible, and the cosines of the tokens, by number of constraints."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    first, colors = table.iloc[0], {"before training": "0.6", "corec": style.BLUE, CONTRAST: style.ORANGE}
+    for axis, metric, title in (
+        (axes[0], "cp_gap", f"CP@{first['k']} minus the best\nthat the candidates allow"),
+        (axes[1], "ndcg", f"NDCG@{first['k']}"),
+    ):
+        for model, rows in pick(table, metric=metric).groupby("model", sort=False):
+            name = style.label(str(model))
+            axis.errorbar(rows["n_tokens"], rows["value"], yerr=error_bars(rows), fmt="o-", color=colors[str(model)], label=name)
+        axis.set(title=title, xlabel="control tokens", xticks=sorted(table["n_tokens"].unique()))
+    axes[0].axhline(0, color="0.3", linewidth=0.8)
+    axes[0].legend(frameon=False, fontsize="small")
+    for model, rows in pick(similar, of="states").groupby("model", sort=False):
+        color = colors[str(model)]
+        axes[2].plot(rows["n_tokens"], rows["same"], "o-", color=color, label=f"{style.label(str(model))}, same attribute")
+        axes[2].plot(rows["n_tokens"], rows["other"], "d:", color=color, label=f"{style.label(str(model))}, other attributes")
+    axes[2].set(title="cosine similarity of the states\nof two values", xlabel="control tokens")
+    axes[2].legend(frameon=False, fontsize="small")
+    figure.suptitle(f"{style.title(table)}, {first['n_users']} users, seeds: {first['seeds']}")
+    return figure
