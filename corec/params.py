@@ -302,7 +302,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StudyParams(Model):
-    """Stages 07, 08, 10, 11, 12 and 16: comparisons. Each study writes to the folder of its own run."""
+    """Stages 07, 08, 10, 11, 12, 14 and 16: comparisons. Each study writes to the folder of its own run."""
 
     seeds: int = Field(3, ge=1)  # trainings that differ only in the seed: `seed` of the run and the next ones
     loss_seconds: float = Field(60, ge=0)  # 07: training time of each loss at each of three rates; 0 omits this comparison
@@ -325,6 +325,9 @@ class StudyParams(Model):
     contrast: list[PositiveFloat] = Field(
         [0.1, 1.0], min_length=1
     )  # 12: weights of reranker.row_contrast, selected on validation
+    # 14: parsers of free text (corec.studies.parsers), and labelled sentences that are made of each kind
+    parsers: list[Literal["grammar", "nearest", "model"]] = Field(["grammar", "nearest", "model"], min_length=1)
+    sentences: int = Field(200, ge=20)
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
 
 
@@ -342,6 +345,7 @@ Stage = Literal[
     "transfer",
     "saturation",
     "conflicts",
+    "language",
     "sessions",
     "simulated_users",
 ]

@@ -7,7 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from corec.figures import markdown
-from corec.sections_beyond import conflicts_sections, saturation_sections, sessions_sections, simulated_sections
+from corec.sections_beyond import (
+    conflicts_sections,
+    language_sections,
+    saturation_sections,
+    sessions_sections,
+    simulated_sections,
+)
 
 Section = tuple[str, list[str]]  # heading and lines
 
@@ -383,6 +389,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "transfer.csv": transfer_sections,
     "saturation.csv": saturation_sections,
     "conflicts.csv": conflicts_sections,
+    "language.csv": language_sections,
     "sessions.csv": sessions_sections,
     "simulated.csv": simulated_sections,
     "data.csv": bench_sections,

@@ -1,4 +1,4 @@
-"""Tables of the results pages of the studies beyond the paper (notebooks 12, 13, 15 and 16)."""
+"""Tables of the results pages of the studies beyond the paper (notebooks 12 to 16)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +68,30 @@ def conflicts_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
         numbers = (f"{row['auc']:.3f}", f"{row['brier']:.3f}", f"{row['share']:.0%}", str(row["n"]))
         lines.append([str(row["n_tokens"] or "all"), f"`{row['signal']}`", *numbers])
     yield "Requests that cannot be met", markdown(header, lines)
+
+
+def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Quality of parsed requests, and the lists for them (:mod:`corec.studies.language_study`)."""
+    table = pd.read_csv(folder / "language.csv")
+    metrics = list(dict.fromkeys(table["metric"]))
+    lines = []
+    for (name, parser), part in table.groupby(["set", "parser"], sort=False):
+        cells = part.set_index("metric")
+        texts = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**cells.loc[metric]) for metric in metrics[:4]]
+        texts += [f"{cells.loc[metric, 'value']:.2f}" for metric in metrics[4:]]
+        lines.append([f"{name} ({part['n'].iloc[0]})", f"`{parser}`", *texts])
+    yield "Requests in free text", markdown(["sentences", "parser", *metrics], lines)
+    lists = pd.read_csv(folder / "language_lists.csv")
+    first = lists.iloc[0]
+    about = f"{first['dataset']}, K = {first['K']}, {first['n_users']} users, {first['seeds']} trainings; hand-written requests."
+    lines = []
+    for (ranker, parser), part in lists.groupby(["ranker", "parser"], sort=False):
+        cells = part.set_index("metric")
+        texts = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
+        texts += ["{ahead:+.3f} ({ahead_low:+.3f} to {ahead_high:+.3f})".format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
+        lines.append([f"`{ranker}`", f"`{parser}`", *texts])
+    names = [f"CP@{first['k']}", f"NDCG@{first['k']}"]
+    yield "Lists for parsed requests", [about, "", *markdown(["", "request", *names, *(f"{n} minus gold" for n in names)], lines)]
 
 
 def sessions_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:

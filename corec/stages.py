@@ -34,6 +34,7 @@ NOTEBOOKS = {
     "transfer": "11_transfer",
     "saturation": "12_saturation",
     "conflicts": "13_conflicts",
+    "language": "14_language",
     "sessions": "15_sessions",
     "simulated_users": "16_simulated_users",
 }
@@ -51,6 +52,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "transfer": ("data", "controls", "reranker"),
     "saturation": ("data", "controls", "reranker"),
     "conflicts": ("data", "sasrec", "controls", "reranker"),
+    "language": ("data", "controls", "reranker"),
     "sessions": ("data", "controls", "reranker"),
     "simulated_users": ("data", "controls", "reranker"),
 }
@@ -64,6 +66,7 @@ SECTIONS = {
     "transfer": ("reranker", "study", "evaluation", "figures"),
     "saturation": ("study", "evaluation", "figures"),
     "conflicts": ("evaluation", "figures"),
+    "language": ("study", "evaluation", "figures"),
     "sessions": ("efficiency", "evaluation", "figures"),
     "simulated_users": ("study", "evaluation", "figures"),
 }

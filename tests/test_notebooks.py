@@ -43,6 +43,8 @@ SMALL = {
         "nearest_title": False,
         "transfer_steps": [1],
         "contrast": [0.1],
+        "parsers": ["grammar"],
+        "sentences": 20,
         "sessions": 3,
     },
     "efficiency": {"candidates": [5, 8], "repeats": 2, "users": 3},
@@ -101,7 +103,7 @@ def test_every_notebook_runs_twice_in_one_kernel(opened: Ran) -> None:
     assert set(record["stages"]) == set(stages.ancestors("figures"))
     expected = (
         "ablations.png conflicts.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png "
-        "frontier.png loss_curves.png missing.png orders.png readouts.png saturation.png seed_curves.png sessions.png simulated.png surface.png texts.png "
+        "frontier.png language.png loss_curves.png missing.png orders.png readouts.png saturation.png seed_curves.png sessions.png simulated.png surface.png texts.png "
         "transfer.png"
     )
     assert sorted(path.name for path in folder.glob("*.png")) == expected.split()

@@ -242,7 +242,7 @@ def test_slurm_gets_the_resources_the_command_and_the_log(
 
 def test_slurm_and_kubernetes_ask_for_a_gpu_where_there_is_a_language_model() -> None:
     with_model = {"reranker", "prompt_study", "efficiency", "missing_metadata", "transfer", "saturation", "conflicts"}
-    with_model |= {"sessions", "simulated_users"}
+    with_model |= {"language", "sessions", "simulated_users"}
     for name in ("slurm", "kubernetes"):
         settings = yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
         asked = {stage for stage, resources in settings["set-resources"].items() if {"gres", "gpu"} & set(resources)}

@@ -1,0 +1,169 @@
+"""Requests in free text: labelled sentences, parsers, constrained decoding, and the study."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_prior import params as with_prior
+from test_prior import trained, world_with_priors
+
+from corec import CorecError, controls, pages, reranker
+from corec.controls import Vocabulary
+from corec.params import ControlsParams, EvaluationParams, StudyParams
+from corec.studies import language, language_study, parsers
+from corec.studies.language import Sentence
+
+
+@pytest.fixture(scope="module")
+def films() -> Vocabulary:
+    """Two films with values of the MovieLens scheme, and all of its labels."""
+    genres = [label for label in language.phrases()["genre"]]
+    items = pd.DataFrame(
+        {
+            "item": [1, 2, 3],
+            "genres": [["Comedy"], ["War", "Drama"], genres],
+            "year": [1986.0, 1993.0, 1950.0],
+            "popularity_rank": [10, 100, 900],
+            "mean_rating": [3.7, 4.2, 2.0],
+            "rating_std": [0.5, 1.0, 1.5],
+        }
+    )
+    return controls.build_vocabulary(items, ControlsParams(scheme="movielens"))
+
+
+def test_every_value_has_phrases_and_hand_written_sentences(films: Vocabulary) -> None:
+    language.check(films)
+    names = {f"{attribute.name}: {label}" for attribute, label in language.values(films)}
+    read = language.phrases()
+    assert names == {f"{name}: {label}" for name, labels in read.items() if name != "frames" for label in labels}
+    sentences = language.hand_written()
+    assert len(sentences) >= 120 and len({part.text.lower() for part in sentences}) == len(sentences)
+    used = [f"{name}: {label}" for part in sentences for name, labels in part.request.items() for label in labels]
+    assert set(used) == names and min(used.count(name) for name in names) >= 4
+    known = {phrase for labels in read.values() if isinstance(labels, dict) for part in labels.values() for phrase in part}
+    assert not set(read["frames"]["known"]) & set(read["frames"]["new"]) and known
+
+
+def test_a_scheme_without_these_values_is_one_sentence(films: Vocabulary) -> None:
+    fewer = Vocabulary(films.attributes[:1], films.labels[:3], films.attribute_of[:3], films.values_of)
+    with pytest.raises(CorecError, match="set controls.scheme to movielens"):
+        language.check(fewer)
+
+
+def test_made_sentences_are_seeded_and_their_typos_small() -> None:
+    one, other = language.made(50, "new", 3), language.made(50, "new", 3)
+    assert one == other != language.made(50, "new", 4)
+    assert all(1 <= len(part.request) <= 3 for part in one)
+    rng = np.random.default_rng(0)
+    for text in ("romantic comedy", "western"):
+        typed = language.with_typos(text, 1.0, rng)
+        assert typed != text and abs(len(typed) - len(text)) <= 2 and typed[0] == text[0]
+    assert language.with_typos("the war film", 0.0, rng) == "the war film"
+
+
+@pytest.mark.parametrize(
+    ("text", "request_"),
+    [
+        ("A FUNNY cartoon from the eighties", {"genre": {"Comedy", "Animation"}, "era": {"the 1980s"}}),
+        ("very popular war film", {"genre": {"War"}, "popularity": {"top 50"}}),
+        ("a comdy of 1993", {"genre": {"Comedy"}, "era": {"1990 to 1994"}}),
+        ("something shot in the 50s, rated 3.6", {"era": {"before 1970"}, "rating": {"3.5 to 4"}}),
+        ("top 120, controversial", {"popularity": {"top 200"}, "consensus": {"divided"}}),
+        ("beyond the top 500", {"popularity": {"beyond 500"}}),
+        ("surprise me", {}),
+    ],
+)
+def test_patterns_read_phrases_typos_and_numbers(films: Vocabulary, text: str, request_: language.Request) -> None:
+    assert parsers.Grammar(films)(text) == request_
+
+
+def test_patterns_read_all_known_phrases(films: Vocabulary) -> None:
+    sentences, parser = language.made(200, "known", 1), parsers.Grammar(films)
+    assert language.accuracy(sentences, [parser(part.text) for part in sentences])["exact"] == 1
+
+
+def test_accuracy_by_hand() -> None:
+    sentences = [Sentence("", {"genre": {"a", "b"}}), Sentence("", {}), Sentence("", {"era": {"c"}})]
+    found = language.accuracy(sentences, [{"genre": {"a"}}, {}, {"era": {"d"}, "genre": {"e"}}])
+    assert found == pytest.approx({"exact": 1 / 3, "precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3})
+    assert language.by_attribute(sentences, [{"genre": {"a", "b"}}, {}, {}])["era"] == pytest.approx(2 / 3)
+
+
+def test_the_nearest_name_above_the_threshold_is_taken(films: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["comedy", "war", "1980s"]
+
+    def embed(self: parsers.Nearest, texts: list[str]) -> np.ndarray:
+        return np.array([[word in text.lower() for word in words] + [0.01] for text in texts], float)
+
+    monkeypatch.setattr(parsers.Nearest, "embed", embed)
+    nearest = parsers.Nearest(films, (None, None), 0.5)
+    assert nearest("a comedy of the 1980s") == {"genre": {"Comedy"}, "era": {"the 1980s"}}
+    assert nearest("nothing of the kind") == {}
+    known = [Sentence("a comedy", {"genre": {"Comedy"}}), Sentence("hello", {})]
+    assert nearest.tune(known, [0.0, 0.4, 5.0]) == 0.4 and nearest.threshold == 0.4
+
+
+def test_constrained_decoding_gives_valid_requests_only(films: Vocabulary) -> None:
+    model = parsers.Constrained(films, "tiny", language.made(2, "known", 0))
+    found = model.all(["a comedy", "", "a far longer sentence about nothing in particular, to be padded"], batch=2)
+    names = {(attribute.name, label) for attribute, label in language.values(films)}
+    assert len(found) == 3 and {(name, *labels) for request in found for name, labels in request.items()} <= names
+    written: list[int] = []
+    for name, label in (
+        ("genre", "Film-Noir"),
+        ("era", "any"),
+        ("popularity", "top 50"),
+        ("rating", "any"),
+        ("consensus", "mixed"),
+    ):
+        for token in model.ids(f"{name}:") + model.ids(f" {label}\n"):
+            assert token in model.allowed(written), (name, label)
+            written.append(token)
+    assert model.allowed(written) == [model.tokenizer.eos_token_id]
+    assert model.read(written) == {"genre": {"Film-Noir"}, "popularity": {"top 50"}, "consensus": {"mixed"}}
+
+
+def test_a_comparison_with_an_item_gives_the_values_on_one_side(films: Vocabulary) -> None:
+    titles = ["The Laughing Policeman", "The Long March", "Anything"]
+
+    def names(text: str) -> list[str] | None:
+        found = language.compare_to_item(text, titles, films)
+        return None if found is None else [films.name(value) for value in found.values]
+
+    assert names("similar to the long march but older") == ["era: the 1980s", "era: the 1970s", "era: before 1970"]
+    assert names("something like The Laughing Polceman, but better rated") == ["rating: 4 and more"]
+    assert names("like The Long March but more popular") == ["popularity: top 50"]
+    assert names("like The Long March but cheaper") is None, "films have no price"
+    assert names("like nothing on this list at all but older") is None and names("older, please") is None
+
+
+def test_the_study_of_language(atomic: Path, tmp_path: Path, films: Vocabulary) -> None:
+    world = world_with_priors(atomic)
+    own = with_prior(world).model_copy(update={"evaluation": EvaluationParams(bootstrap=20), "run": "tried"})
+    own = own.model_copy(update={"study": StudyParams(parsers=["grammar", "model"], sentences=20)})
+    sets = {name: part[:25] for name, part in language.sets(20, 0).items()}
+    parsed, threshold = language_study.parse(sets, films, own)
+    assert threshold is None and set(parsed["typos"]) == {"grammar", "model"}
+    table = language_study.measure(sets, parsed, own)
+    exact = table[table["metric"] == "exact"].set_index(["set", "parser"])["value"]
+    assert exact["templates, known", "grammar"] == 1 and (table["low"] <= table["high"]).all()
+    vocabulary = world.prepared.vocabulary
+    some = [f"{attribute.name}" for attribute in vocabulary.attributes]
+    label = vocabulary.labels[0]
+    gold = [Sentence("", {some[0]: {label}}), Sentence("", {})]
+    requests = language_study.requests_of(gold, {"right": [gold[0].request, {}], "blind": [{}, {}]}, world.prepared)
+    assert (requests["gold"] == requests["right"]).all() and (requests["blind"] == -1).all()
+    pools = world.prepared.pools["test"]
+    scores = [reranker.score_parts(trained(world), world.examples, pools, list(requests.values()))]
+    prior = np.stack([world.examples.prior[window] for window in pools.window])
+    users = world.tables.windows.set_index("window").loc[pools.window, "user"].to_numpy()
+    lists = language_study.end_to_end(requests, scores, world.prepared, prior, users, own)
+    ahead = lists.set_index(["ranker", "parser", "metric"])["ahead"]
+    assert (ahead.xs("gold", level="parser") == 0).all() and (ahead.xs("right", level="parser") == 0).all()
+    assert ahead["rule+combiner", "blind", "cp"] <= 0
+    written = language_study.keep(table, lists, tmp_path / "figures")
+    assert sorted(path.name for path in written) == ["language.csv", "language.png", "language_lists.csv"]
+    assert (tmp_path / "figures" / "results.md").read_text() == pages.study_page(tmp_path / "figures")
+    with pytest.raises(CorecError, match="No sentence has a constraint"):
+        language_study.requests_of([Sentence("", {})], {}, world.prepared)
