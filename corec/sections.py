@@ -9,6 +9,7 @@ import pandas as pd
 from corec.figures import markdown
 from corec.sections_beyond import (
     conflicts_sections,
+    cost_section,
     language_sections,
     saturation_sections,
     sessions_sections,
@@ -387,6 +388,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "missing.csv": missing_sections,
     "guesses.csv": guesses_section,
     "transfer.csv": transfer_sections,
+    "cost.csv": cost_section,
     "saturation.csv": saturation_sections,
     "conflicts.csv": conflicts_sections,
     "language.csv": language_sections,

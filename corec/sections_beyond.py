@@ -1,4 +1,4 @@
-"""Tables of the results pages of the studies beyond the paper (notebooks 12 to 16)."""
+"""Tables of the results pages of the studies beyond the paper (notebooks 12 to 16), and of the cost of control (notebook 09)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,21 @@ from pathlib import Path
 import pandas as pd
 
 from corec.figures import markdown
+
+
+def cost_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Control and relevance with time and price (:func:`corec.studies.efficiency.cost`)."""
+    table = pd.read_csv(folder / "cost.csv")
+    header = ["tokens", "ranker", "CP", "NDCG", "ms a list", "US cents per 1,000 lists", "CP gained per s", "NDCG gained per s"]
+    header.append("US cents per 1,000 more items that meet the request")
+    lines = []
+    for row in table.to_dict("records"):
+        numbers = (row["cp"], row["ndcg"], row["ms"], 100 * row["usd_per_1000"], row["cp_gain_per_s"], row["ndcg_gain_per_s"])
+        forms = ("{:.3f}", "{:.3f}", "{:.3g}", "{:.2g}", "{:.3g}", "{:.3g}")
+        texts = ["" if pd.isna(number) else form.format(number) for form, number in zip(forms, numbers, strict=True)]
+        last = "" if pd.isna(row["usd_per_1000_items"]) else f"{100 * row['usd_per_1000_items']:.2g}"
+        lines.append([str(row["n_tokens"]), f"`{row['ranker']}`", *texts, last])
+    yield "Cost of control", ["Gains over `sasrec`, per second of added time.", "", *markdown(header, lines)]
 
 
 def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:

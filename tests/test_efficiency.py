@@ -2,8 +2,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from test_prior import params as with_prior
+from test_prior import world_with_priors
 from test_reranker import World
 
 from corec import CorecError, machine, sasrec
@@ -43,6 +46,53 @@ def test_every_system_at_every_k_and_number_of_tokens(world: World, tmp_path: Pa
     assert long[6, 1] > long[3, 1] and long[3, 2] > long[3, 0]
     assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png"}
     assert "## Latency" in (tmp_path / "f" / "results.md").read_text()
+
+
+def test_the_cost_of_a_gain_by_hand(tmp_path: Path) -> None:
+    params = Params().model_copy(update={"efficiency": EfficiencyParams(usd_per_hour=3.6)})
+    k = params.controls.k
+    times = [(efficiency.SYSTEMS[0], np.nan, 1.0, 1000.0), (efficiency.EVIDENCE, np.nan, 4.0, 250.0)]
+    times += [
+        (system, 1, ms, rate) for system, ms, rate in ((efficiency.SYSTEMS[1], 100.0, 10.0), (efficiency.SYSTEMS[2], 20.0, 50.0))
+    ]
+    table = pd.DataFrame(times, columns=["system", "n_tokens", "p50_ms", "lists_per_s"]).assign(K=k)
+    values = {"sasrec": (0.5, 0.06), "rule": (0.9, 0.05), "rule+combiner": (0.9, 0.07), "corec": (0.9, 0.08), "text": (0.5, 0.01)}
+    rows = [(model, *("cp", 1, cp), *("ndcg", 0, ndcg)) for model, (cp, ndcg) in values.items()]
+    parts = [(model, metric, tau, value) for model, *two in rows for metric, tau, value in (two[:3], two[3:])]
+    results = pd.DataFrame(parts, columns=["model", "metric", "tau", "value"])
+    results = results.assign(n_tokens=1, k=5, protocol=params.controls.protocol)
+    found = efficiency.cost(table, results, params).set_index("ranker")
+    assert list(found.index) == ["sasrec", "rule", "rule+combiner", "corec", "corec, cached prefix"]
+    assert found["ms"].tolist() == [1, 1, 5, 105, 25]
+    np.testing.assert_allclose(found["usd_per_1000"], [0.001, 0.001, 0.005, 0.105, 0.025])
+    np.testing.assert_allclose(
+        found.loc["corec", ["cp_gain_per_s", "ndcg_gain_per_s"]].astype(float), [0.4 / 0.104, 0.02 / 0.104]
+    )
+    assert np.isnan(found.loc["rule", "cp_gain_per_s"]), "the rule adds no time"
+    np.testing.assert_allclose(found["usd_per_1000_items"].iloc[1:], np.array([0, 0.004, 0.104, 0.024]) / (5 * 0.4))
+    assert np.isnan(found.loc["sasrec", "usd_per_1000_items"])
+    farther = pd.concat([table.assign(K=k + 2), table.assign(K=k - 10, p50_ms=7.0)])
+    pd.testing.assert_frame_equal(efficiency.cost(farther, results, params).set_index("ranker"), found)
+    written = efficiency.keep(
+        table.assign(K=k, p95_ms=1.0, usd_per_1000=0.1, dataset="d", device="m", backbone="b", dtype="t", items_per_s=1.0),
+        tmp_path,
+        found.reset_index(),
+    )
+    assert [path.name for path in written] == ["efficiency.csv", "efficiency.png", "cost.csv"]
+    assert "## Cost of control" in (tmp_path / "results.md").read_text()
+
+
+def test_the_evidence_of_a_combiner_is_timed(atomic: Path) -> None:
+    world = world_with_priors(atomic)
+    own = with_prior(world).model_copy(
+        update={
+            "sasrec": SasrecParams(hidden=16, max_length=10),
+            "efficiency": EfficiencyParams(candidates=[6], repeats=4, users=5),
+        }
+    )
+    table = efficiency.measure(world.tables, world.prepared, retriever(world), world.build(own), own)
+    row = table[table["system"] == efficiency.EVIDENCE].iloc[0]
+    assert row["p50_ms"] > 0 and np.isclose(row["lists_per_s"], 1000 / row["p50_ms"]) and np.isnan(float(row["prompt_tokens"]))
 
 
 def test_without_a_shared_prefix_nothing_is_kept(world: World) -> None:

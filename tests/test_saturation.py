@@ -57,6 +57,18 @@ def test_mean_cosines_by_hand() -> None:
     assert np.isnan(same) and np.isnan(other)
 
 
+def test_the_rows_are_those_of_the_values(atomic: Path) -> None:
+    world = world_with_priors(atomic)
+    params, vocabulary = with_prior(world), world.prepared.vocabulary
+    model = world.build(params)
+    names = saturation.value_tokens(vocabulary)
+    assert len(names) == len(vocabulary.labels) and set(names) <= set(reranker.new_tokens(vocabulary, params.reranker))
+    assert all(label in name for name, label in zip(names, vocabulary.labels, strict=True))
+    same, other = saturation.mean_cosine(reranker.token_rows(model, names).to_numpy(), vocabulary.attribute_of)
+    row = saturation.cosines(model, world.examples, params).iloc[0]
+    assert (row["of"], row["same"], row["other"]) == ("rows", same, other)
+
+
 def test_the_study_of_saturation(atomic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_with_priors(atomic)
     own = with_prior(world, seeds=2).model_copy(update={"evaluation": EvaluationParams(bootstrap=20), "run": "tried"})

@@ -17,14 +17,26 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from corec import CorecError, controls, machine, reranker, sasrec
+from corec import CorecError, controls, evaluation, files, machine, reranker, sasrec
 from corec.data import Tables
+from corec.evidence.features import Similarities, from_history, latest_items, similarity_tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, Row, engine
 from corec.sasrec import SASRec
 from corec.studies import keep_study
 
 SYSTEMS = ("SASRec alone", "re-ranking, whole prompt", "re-ranking, cached prefix")
+EVIDENCE = "evidence of the combiner"
+# Rankers of notebook 05 that are priced, and the systems whose times they need.
+PRICED = {
+    "sasrec": SYSTEMS[:1],
+    "rule": SYSTEMS[:1],
+    "combiner": (SYSTEMS[0], EVIDENCE),
+    "rule+combiner": (SYSTEMS[0], EVIDENCE),
+    "boost": (SYSTEMS[0], EVIDENCE),
+    "corec": (SYSTEMS[0], EVIDENCE, SYSTEMS[1]),
+    "corec, cached prefix": (SYSTEMS[0], EVIDENCE, SYSTEMS[2]),
+}
 
 
 def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, model: Reranker, params: Params) -> pd.DataFrame:
@@ -36,7 +48,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
     Returns
     -------
     Columns ``system K n_tokens p50_ms p95_ms lists_per_s items_per_s prompt_tokens usd_per_1000 dataset backbone dtype device``.
-    The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval. The rows of
+    The price is that of the machine's time at `lists_per_s`. `n_tokens` is missing for retrieval, and for the evidence of a
+    combiner (:data:`EVIDENCE`, computed one list at a time, without titles and the fitted model). The rows of
     ``re-ranking, cached prefix`` are absent if the order of the prompt or the architecture does not allow caching (see
     :func:`corec.reranker.engine.prefill`); their lists are computed one at a time, and their price excludes the prefix.
     """
@@ -49,6 +62,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
             "catalogue left to see: lower it."
         )
     merged = engine.merge(model)
+    with_evidence = params.evidence.combiner != "none"
+    similar = similarity_tables(tables, prepared.vocabulary, params.evidence) if with_evidence else None
     rng, rows = np.random.default_rng([params.seed, 9]), []
     for k in settings.candidates:
         print(f"K = {k}", flush=True)
@@ -58,6 +73,8 @@ def measure(tables: Tables, prepared: controls.Prepared, retriever: SASRec, mode
         latency, retrieved = retrieval(tables, sample, retriever, params, k)
         rows.append({"system": SYSTEMS[0], "K": k, **latency, "lists_per_s": rate})
         pools = controls.make_pools(sample, retrieved, k, params.seed)
+        if similar is not None:
+            rows.append({"system": EVIDENCE, "K": k, **evidence_time(tables, sample, pools, similar, params)})
         prior = dict.fromkeys(sample["window"], np.zeros(k, np.float32))  # timings do not depend on its values
         examples = Examples(dict(zip(sample["window"], map(list, sample["history"]), strict=True)), prepared, prior)
         requests = {
@@ -103,6 +120,73 @@ def retrieval(
     best = [find(place) for place in range(len(few))]
     columns = {"candidates": [b.indices[0].cpu().numpy() for b in best], "scores": [b.values[0].cpu().numpy() for b in best]}
     return {"p50_ms": 1e3 * middle, "p95_ms": 1e3 * high}, pd.DataFrame({"window": few["window"].to_numpy(), **columns})
+
+
+def evidence_time(
+    tables: Tables, few: pd.DataFrame, pools: controls.Pools, similar: Similarities, params: Params
+) -> dict[str, float]:
+    """Time of the evidence of one list from the similarities of the items (``p50_ms``, ``p95_ms``, ``lists_per_s``).
+
+    Parameters
+    ----------
+    tables, few, pools, similar
+        Tables of stage 01, windows that are timed, their candidates, and the similarities of the items.
+    params
+        Settings of the run.
+    """
+    histories = latest_items(tables, few, params.evidence.history)
+
+    def find(number: int) -> Any:
+        place = number % len(few)
+        part = slice(place, place + 1)
+        return from_history(histories[part], pools.candidates[part], similar, params.evidence.recent)
+
+    middle, high = machine.percentiles(find, params.efficiency.repeats)
+    return {"p50_ms": 1e3 * middle, "p95_ms": 1e3 * high, "lists_per_s": 1 / middle}
+
+
+def cost(table: pd.DataFrame, results: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """What control and relevance cost: CP and NDCG of the rankers of a run, with time and price of their lists.
+
+    Parameters
+    ----------
+    table
+        Result of :func:`measure`.
+    results
+        ``metrics.csv`` of the run, stage 05.
+    params
+        Settings of the run. The times are those of the K that is nearest to ``controls.k``, the K of the results.
+
+    Returns
+    -------
+    Columns ``ranker n_tokens cp ndcg ms usd_per_1000 cp_gain ndcg_gain cp_gain_per_s ndcg_gain_per_s usd_per_1000_items``. `ms`
+    is the sum of the median times of the systems that the ranker needs; the gains are those over ``sasrec``, and per second of
+    the added time; the last is the added price of 1,000 more items among the first k that meet the whole request.
+    """
+    k, rows = params.figures.k, []
+    nearest = min(table["K"].unique(), key=lambda size: abs(size - params.controls.k))
+    here = table[table["K"] == nearest]
+    values = evaluation.pick(results, protocol=params.controls.protocol, k=k, metric=["cp", "ndcg"])
+    for n in sorted(here["n_tokens"].dropna().unique()):
+        part = here[here["n_tokens"].isna() | (here["n_tokens"] == n)].set_index("system")
+        asked = values[(values["n_tokens"] == n) & ((values["metric"] == "ndcg") | (values["tau"] == n))]
+        found = asked.pivot_table(index="model", columns="metric", values="value").reindex(columns=["cp", "ndcg"])
+        for ranker, systems in PRICED.items():
+            model = ranker.split(",")[0]
+            if model in found.index and set(systems) - {EVIDENCE} <= set(part.index):
+                used = part.loc[[system for system in systems if system in part.index]]
+                price = 1000 * params.efficiency.usd_per_hour / 3600 * (1 / used["lists_per_s"]).sum()
+                rows.append((ranker, int(n), *found.loc[model], used["p50_ms"].sum(), price))
+    frame = pd.DataFrame(rows, columns=["ranker", "n_tokens", "cp", "ndcg", "ms", "usd_per_1000"])
+    base = frame[frame["ranker"] == "sasrec"].set_index("n_tokens")
+    for name in ("cp", "ndcg"):
+        frame[f"{name}_gain"] = frame[name] - frame["n_tokens"].map(base[name])
+    seconds = (frame["ms"] - frame["n_tokens"].map(base["ms"])) / 1000
+    for name in ("cp", "ndcg"):
+        frame[f"{name}_gain_per_s"] = frame[f"{name}_gain"] / seconds.where(seconds > 0)
+    more = frame["cp_gain"].where(frame["cp_gain"] > 0) * k  # items per list
+    frame["usd_per_1000_items"] = (frame["usd_per_1000"] - frame["n_tokens"].map(base["usd_per_1000"])) / more
+    return frame
 
 
 def reranking(
@@ -173,12 +257,16 @@ def draw(table: pd.DataFrame) -> Figure:
     """Plot latency and throughput against K, one line per system; bands are the range over numbers of control tokens."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists per second"), strict=True):
-        sns.lineplot(table, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
-        axis.set(ylabel=label, yscale="log", xticks=sorted(table["K"].unique()))
+        shown = table[table["system"] != EVIDENCE]
+        sns.lineplot(shown, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
+        axis.set(ylabel=label, yscale="log", xticks=sorted(shown["K"].unique()))
     axes[1].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)
     return figure
 
 
-def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the table, its plot and the results page (:func:`corec.pages.write`) to `folder`; return the paths."""
-    return keep_study(table, draw(table), folder / "efficiency", "%.4g")
+def keep(table: pd.DataFrame, folder: Path, costs: pd.DataFrame | None = None) -> list[Path]:
+    """Write the table, the result of :func:`cost` if given, the plot and the results page to `folder`; return the paths."""
+    if costs is not None:
+        files.write_csv(folder / "cost.csv", costs, "%.4g")
+    written = keep_study(table, draw(table), folder / "efficiency", "%.4g")
+    return written if costs is None else [*written, folder / "cost.csv"]

@@ -30,10 +30,10 @@ from corec.reranker import (
     fingerprint,
     load,
     make_rows,
-    new_tokens,
     score_parts,
     token_rows,
     train,
+    value_token,
 )
 from corec.scores import Scores
 from corec.studies import keep_study
@@ -53,9 +53,9 @@ class Trained(NamedTuple):
     cosines: pd.DataFrame  # of :func:`cosines`
 
 
-def values_of_tokens(vocabulary: Vocabulary, params: Params) -> list[str]:
-    """The new tokens, of which those of the values come in the order of the vocabulary."""
-    return list(new_tokens(vocabulary, params.reranker))[: len(vocabulary.labels)]
+def value_tokens(vocabulary: Vocabulary) -> list[str]:
+    """Token of each value, in the order of the vocabulary."""
+    return [value_token(vocabulary, value) for value in range(len(vocabulary.labels))]
 
 
 def mean_cosine(vectors: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
@@ -101,9 +101,7 @@ def cosines(model: Reranker, examples: Examples, params: Params) -> pd.DataFrame
     Columns ``of n_tokens same other``: ``rows`` (n_tokens 0) or ``states``; pairs of values of the same and of other attributes.
     """
     vocabulary, pools = examples.prepared.vocabulary, examples.prepared.pools["test"].take(slice(0, SHOWN))
-    table = [
-        ("rows", 0, *mean_cosine(token_rows(model, values_of_tokens(vocabulary, params)).to_numpy(), vocabulary.attribute_of))
-    ]
+    table = [("rows", 0, *mean_cosine(token_rows(model, value_tokens(vocabulary)).to_numpy(), vocabulary.attribute_of))]
     for n in (n for n in params.controls.n_tokens if n):
         found = states(model, examples, pools, examples.prepared.requests["test", n][:SHOWN])
         here = np.isfinite(found[:, 0])
