@@ -53,6 +53,8 @@ def test_training_with_contrast_spreads_the_rows(atomic: Path) -> None:
 def test_mean_cosines_by_hand() -> None:
     vectors = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     assert saturation.mean_cosine(vectors, np.array([0, 0, 1])) == (1.0, 0.0)
+    counts = np.array([[0, 0, 1], [0, 0, 0], [0, 0, 0]], dtype=bool)
+    assert saturation.mean_cosine(vectors, np.array([0, 0, 0]), counts)[0] == 0
     same, other = saturation.mean_cosine(vectors[:1], np.array([0]))
     assert np.isnan(same) and np.isnan(other)
 
@@ -95,7 +97,12 @@ def test_the_study_of_saturation(atomic: Path, tmp_path: Path, monkeypatch: pyte
     assert (table[table["metric"] == "cd_gap"]["value"] >= -1e-9).all()
     similar = saturation.similarity(made.trained)
     pd.testing.assert_frame_equal(similar, saturation.similarity(again.trained), rtol=1e-4)
-    assert set(similar["of"]) == {"rows", "states"} and similar["other"].between(-1, 1).all()
+    assert set(similar["of"]) == set(saturation.OF) and similar["other"].between(-1, 1).all()
+    alone = table[table["model"] == saturation.ALONE]
+    assert set(alone["n_tokens"]) == {2}, "one constraint cannot interfere with itself"
+    one = made.trained["corec"][0]
+    assert one.alone is not None and (one.alone[1] == one.test.control[:, 1]).all()
+    assert abs(one.alone[2] - one.test.control[:, 2]).max() < 4, "nearly the sum of both"
     written = saturation.keep(table, similar, tmp_path / "figures")
     assert sorted(path.name for path in written) == ["saturation.csv", "saturation.png", "similarity.csv"]
     assert (tmp_path / "figures" / "results.md").read_text() == pages.study_page(tmp_path / "figures")

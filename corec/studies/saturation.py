@@ -39,7 +39,9 @@ from corec.scores import Scores
 from corec.studies import keep_study
 
 CONTRAST = "corec, contrast"
+ALONE = "corec, constraints alone"
 MODELS = ("before training", "corec", CONTRAST)
+OF = ("rows", "states", "projected")
 VALID = 200  # validation windows on which the weight is selected
 SHOWN = 64  # test windows whose states are compared
 COLUMNS = "model n_tokens metric value low high ahead ahead_low ahead_high K k dataset protocol n_users seeds weight".split()
@@ -48,9 +50,10 @@ COLUMNS = "model n_tokens metric value low high ahead ahead_low ahead_high K k d
 class Trained(NamedTuple):
     """Scores of one training, and the similarity of its tokens."""
 
-    test: Scores
+    test: Scores  # under one request of each length
     valid: Scores  # of the first :data:`VALID` windows
     cosines: pd.DataFrame  # of :func:`cosines`
+    alone: dict[int, np.ndarray] | None = None  # control terms [windows, K] of the single constraints, added; by length
 
 
 def value_tokens(vocabulary: Vocabulary) -> list[str]:
@@ -58,19 +61,21 @@ def value_tokens(vocabulary: Vocabulary) -> list[str]:
     return [value_token(vocabulary, value) for value in range(len(vocabulary.labels))]
 
 
-def mean_cosine(vectors: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """Mean cosine similarity of the pairs of `vectors` [values, width] of the same group and of different groups [values]."""
+def mean_cosine(vectors: np.ndarray, groups: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """Mean cosine similarity of the pairs of `vectors` [N, width] of the same group and of different groups [N].
+
+    `counts` [N, N] selects the pairs; None: all pairs of different vectors.
+    """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    similar, pairs = unit @ unit.T, np.triu(np.ones((len(unit), len(unit)), dtype=bool), 1)
-    same = groups[:, None] == groups
-    return tuple(float(similar[pairs & part].mean()) if (pairs & part).any() else float("nan") for part in (same, ~same))  # type: ignore[return-value]
+    similar, same = unit @ unit.T, groups[:, None] == groups
+    counts = ~np.eye(len(unit), dtype=bool) if counts is None else counts
+    means = [float(similar[counts & part].mean()) if (counts & part).any() else float("nan") for part in (same, ~same)]
+    return means[0], means[1]
 
 
 @torch.inference_mode()
-def states(model: Reranker, examples: Examples, pools: Pools, request: np.ndarray) -> np.ndarray:
-    """Mean state of each value as a constraint of the requests [values, hidden]; NaN for values that do not occur.
-
-    The state is that of the read-out `late`: the mean over the tokens of the constraint, with the layers mixed.
+def states(model: Reranker, examples: Examples, pools: Pools, request: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """State of every constraint of the requests: one vector for each constraint of each window.
 
     Parameters
     ----------
@@ -78,44 +83,70 @@ def states(model: Reranker, examples: Examples, pools: Pools, request: np.ndarra
         The re-ranker and the histories.
     pools, request
         Windows, and one request for each [windows, n]; windows with a constraint that could not be drawn are omitted.
+
+    Returns
+    -------
+    States [windows * n, hidden] (the mean over the tokens of the constraint, with the layers mixed), and the same states in the
+    space in which they are compared with the candidates [windows * n, head_width].
     """
-    whole = np.flatnonzero(np.asarray((request >= 0).all(axis=1)))
-    size = len(examples.prepared.vocabulary.labels)
-    sums, count = np.zeros((size, model.causal.config.hidden_size)), np.zeros(size)
+    whole, found = np.flatnonzero(np.asarray((request >= 0).all(axis=1))), []
     for start in range(0, len(whole), 8):
         part = whole[start : start + 8]
         rows = make_rows(model, examples, pools.take(part), [request[part]])
         batch = collate(rows, model.tokenizer.pad_token_id, model.params.pooling, model.device)
         layers = model.states(model.inputs(batch), batch.positions, batch.mask)
-        found = model.head.pool(batch.constraints.flatten(1, 2), layers).float().cpu().numpy()  # [rows, n, hidden]
-        np.add.at(sums, request[part].ravel(), found[:, : request.shape[1]].reshape(-1, found.shape[-1]))
-        np.add.at(count, request[part].ravel(), 1)
-    return np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], np.nan)
+        pooled = model.head.pool(batch.constraints.flatten(1, 2), layers)[:, : request.shape[1]]  # [rows, n, hidden]
+        found.append(pooled.flatten(0, 1).float())
+    vectors = torch.cat(found)
+    return vectors.cpu().numpy(), model.head.request(vectors).cpu().numpy()
 
 
 def cosines(model: Reranker, examples: Examples, params: Params) -> pd.DataFrame:
-    """Mean cosine similarity of the rows of the values' tokens, and of their contextual states by number of constraints.
+    """Mean cosine similarity of the rows of the values' tokens, and of the states of two constraints, by number of constraints.
+
+    The pairs of states are those of different values in different windows, each occurrence by itself, so that the mean does not
+    depend on how often a value occurs.
 
     Returns
     -------
-    Columns ``of n_tokens same other``: ``rows`` (n_tokens 0) or ``states``; pairs of values of the same and of other attributes.
+    Columns ``of n_tokens same other``: ``rows`` (n_tokens 0), ``states`` or ``projected``; pairs of the same and of other
+    attributes.
     """
     vocabulary, pools = examples.prepared.vocabulary, examples.prepared.pools["test"].take(slice(0, SHOWN))
-    table = [("rows", 0, *mean_cosine(token_rows(model, value_tokens(vocabulary)).to_numpy(), vocabulary.attribute_of))]
+    kinds = vocabulary.attribute_of
+    table = [("rows", 0, *mean_cosine(token_rows(model, value_tokens(vocabulary)).to_numpy(), kinds))]
     for n in (n for n in params.controls.n_tokens if n):
-        found = states(model, examples, pools, examples.prepared.requests["test", n][:SHOWN])
-        here = np.isfinite(found[:, 0])
-        table.append(("states", n, *mean_cosine(found[here], vocabulary.attribute_of[here])))
+        request = examples.prepared.requests["test", n][:SHOWN]
+        whole = np.asarray((request >= 0).all(axis=1))
+        if not whole.any():
+            continue
+        asked, window = request[whole].ravel(), np.repeat(np.arange(whole.sum()), n)
+        counts = (asked[:, None] != asked) & (window[:, None] != window)
+        for name, vectors in zip(("states", "projected"), states(model, examples, pools, request), strict=True):
+            table.append((name, n, *mean_cosine(vectors, kinds[asked], counts)))
     return pd.DataFrame(table, columns=["of", "n_tokens", "same", "other"])
 
 
-def scored(model: Reranker, examples: Examples, params: Params, label: str) -> Trained:
-    """Cosines of a re-ranker, and its scores of the test windows and of the first validation windows."""
+def scored(model: Reranker, examples: Examples, params: Params, label: str, alone: bool = False) -> Trained:
+    """Cosines of a re-ranker, and its scores of the test windows and of the first validation windows.
+
+    With `alone`, also the control terms of requests of one constraint, for each constraint of the longer requests.
+    """
     similar, prepared, lengths = cosines(model, examples, params), examples.prepared, params.controls.n_tokens
-    model = engine.merge(model)
-    test = score_parts(model, examples, prepared.pools["test"], [prepared.requests["test", n] for n in lengths], f"{label}, test")
+    model, pools = engine.merge(model), prepared.pools["test"]
+    whole = [prepared.requests["test", n] for n in lengths]
+    single = [part[:, [place]] for part in whole if part.shape[1] > 1 for place in range(part.shape[1])] if alone else []
+    found = score_parts(model, examples, pools, [*whole, *single], f"{label}, test")
+    test = Scores(*(part[:, : len(lengths)] for part in found))
+    sums, place = {}, len(lengths)
+    for number, part in enumerate(whole):
+        n = part.shape[1]
+        if alone and n:
+            sums[n] = found.control[:, number] if n == 1 else found.control[:, place : place + n].sum(axis=1)
+            place += n if n > 1 else 0
     some = [prepared.requests["valid", n][:VALID] for n in lengths]
-    return Trained(test, score_parts(model, examples, prepared.pools["valid"].take(slice(0, VALID)), some), similar)
+    valid = score_parts(model, examples, prepared.pools["valid"].take(slice(0, VALID)), some)
+    return Trained(test, valid, similar, sums if alone else None)
 
 
 def contrasted(tables: Tables, examples: Examples, params: Params, weight: float, seed: int, folder: Path) -> Trained:
@@ -137,8 +168,8 @@ def contrasted(tables: Tables, examples: Examples, params: Params, weight: float
     names = [f"{split}_{name}" for split in ("test", "valid") for name in Scores._fields]
     if (kept := files.read_arrays(path, [*names, "cosines"])) is not None:
         parts = [Scores(*(kept[f"{split}_{name}"] for name in Scores._fields)) for split in ("test", "valid")]
-        frame = pd.DataFrame(kept["cosines"], columns=["n_tokens", "same", "other"])
-        frame.insert(0, "of", np.where(frame["n_tokens"] == 0, "rows", "states"))
+        frame = pd.DataFrame(kept["cosines"], columns=["of", "n_tokens", "same", "other"])
+        frame["of"] = [OF[int(place)] for place in frame["of"]]
         return Trained(parts[0], parts[1], frame.astype({"n_tokens": int}))
     print(f"row_contrast {weight:g}, seed {seed}", flush=True)
     training = folder / "training"
@@ -147,7 +178,8 @@ def contrasted(tables: Tables, examples: Examples, params: Params, weight: float
     train(model, examples, own, training)
     found = scored(model, examples, params, f"row_contrast {weight:g}")
     arrays = {f"{split}_{name}": part for split in ("test", "valid") for name, part in getattr(found, split)._asdict().items()}
-    files.write_arrays(path, **arrays, cosines=found.cosines[["n_tokens", "same", "other"]].to_numpy(float))
+    numbers = found.cosines.assign(of=[OF.index(name) for name in found.cosines["of"]]).to_numpy(float)
+    files.write_arrays(path, **arrays, cosines=numbers)
     (training / "checkpoint.pt").unlink(missing_ok=True)
     return found
 
@@ -200,7 +232,7 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
     for seed in seeds:
         place = stage if seed == params.seed else stage / f"seed-{seed}"
         model = load(place, tables.items, examples.prepared.vocabulary, params.reranker)
-        found["corec"].append(scored(model, examples, params, f"seed {seed}"))
+        found["corec"].append(scored(model, examples, params, f"seed {seed}", alone=True))
     first = {weight: contrasted(tables, examples, params, weight, params.seed, folder) for weight in params.study.contrast}
     chosen = {f"{weight:g}": validation(each, examples, params) for weight, each in first.items()}
     weight = max(first, key=lambda weight: chosen[f"{weight:g}"])
@@ -210,6 +242,9 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
 
 def measure(compared: Compared, examples: Examples, users: np.ndarray, params: Params) -> pd.DataFrame:
     """Control and relevance by number of constraints, with paired differences of the model from ``corec``.
+
+    ``corec, constraints alone`` adds the control terms of requests of one constraint each, so that no constraint can interfere
+    with another one; its prior and relevance are those of the whole request.
 
     ``cp`` and ``cd`` count items that meet all constraints; ``cp_gap`` and ``cd_gap`` are their differences from the best that
     the candidates allow (``rule``), 0 at best; ``ndcg`` is NDCG@k.
@@ -229,10 +264,13 @@ def measure(compared: Compared, examples: Examples, users: np.ndarray, params: P
     for place, n in enumerate(params.controls.n_tokens):
         judged = evaluation.judge(prepared.pools["test"], prepared.requests["test", n], prepared.vocabulary.values_of)
         best = evaluation.by_window(evaluation.rule_order(prepared.pools["test"], judged.met), judged, [cut])
-        for model in ("corec", CONTRAST):
-            each = [
-                evaluation.by_window(order_by(part.test.total()[:, place]), judged, [cut]) for part in compared.trained[model]
+        totals = {model: [part.test.total()[:, place] for part in compared.trained[model]] for model in ("corec", CONTRAST)}
+        if n > 1:
+            totals[ALONE] = [
+                part.test.total(0)[:, place] + part.alone[n] for part in compared.trained["corec"] if part.alone is not None
             ]
+        for model, of_seeds in totals.items():
+            each = [evaluation.by_window(order_by(total), judged, [cut]) for total in of_seeds]
             values = {"ndcg": np.mean([part["ndcg", cut, 0] for part in each], axis=0)}
             for name, key in {"cp": ("cp", cut, n), "cd": ("cd", 0, n)}.items() if n else ():
                 values[name] = np.mean([part[key] for part in each], axis=0)
@@ -268,7 +306,7 @@ def keep(table: pd.DataFrame, similar: pd.DataFrame, folder: Path) -> list[Path]
 def draw(table: pd.DataFrame, similar: pd.DataFrame) -> Figure:
     """Plot the loss of control against the best possible, and the cosines of the tokens, by number of constraints."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    first, colors = table.iloc[0], {"before training": "0.6", "corec": style.BLUE, CONTRAST: style.ORANGE}
+    first, colors = table.iloc[0], {"before training": "0.6", "corec": style.BLUE, CONTRAST: style.ORANGE, ALONE: "0.3"}
     for axis, metric, title in (
         (axes[0], "cp_gap", f"CP@{first['k']} minus the best\nthat the candidates allow"),
         (axes[1], "ndcg", f"NDCG@{first['k']}"),
@@ -279,11 +317,11 @@ def draw(table: pd.DataFrame, similar: pd.DataFrame) -> Figure:
         axis.set(title=title, xlabel="control tokens", xticks=sorted(table["n_tokens"].unique()))
     axes[0].axhline(0, color="0.3", linewidth=0.8)
     axes[0].legend(frameon=False, fontsize="small")
-    for model, rows in pick(similar, of="states").groupby("model", sort=False):
+    for model, rows in pick(similar, of="projected").groupby("model", sort=False):
         color = colors[str(model)]
         axes[2].plot(rows["n_tokens"], rows["same"], "o-", color=color, label=f"{style.label(str(model))}, same attribute")
         axes[2].plot(rows["n_tokens"], rows["other"], "d:", color=color, label=f"{style.label(str(model))}, other attributes")
-    axes[2].set(title="cosine similarity of the states\nof two values", xlabel="control tokens")
+    axes[2].set(title="cosine similarity of two constraints,\nas compared with the candidates", xlabel="control tokens")
     axes[2].legend(frameon=False, fontsize="small")
     figure.suptitle(f"{style.title(table)}, {first['n_users']} users, seeds: {first['seeds']}")
     return figure
