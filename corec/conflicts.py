@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -113,33 +114,50 @@ def in_missing(params: Any) -> str | None:
     return None
 
 
-def in_requests(params: Any) -> str | None:
-    """Conflicts of the stage `conflicts` with other sections, which do not matter for the other stages."""
+def with_prior(params: Any, stage: str) -> str | None:
+    """Conflicts of a stage that compares COREC with the combiner and needs the probability of each constraint."""
+    if not params.reranker.prior or params.evidence.combiner == "none":
+        return f"stage '{stage}' compares with the combiner: set evidence.combiner to 'best' and reranker.prior to true."
     if params.reranker.control != "constraints":
-        return "stage 'conflicts' needs the probability of each constraint: set reranker.control to 'constraints'."
+        return f"stage '{stage}' needs the probability of each constraint: set reranker.control to 'constraints'."
     return None
 
 
 def in_saturation(params: Any) -> str | None:
     """Conflicts of the stage `saturation` with other sections, which do not matter for the other stages."""
-    if params.reranker.control != "constraints" or params.reranker.values != "token":
+    reranker = params.reranker
+    if reranker.values != "token" or reranker.lr_rows == 0 or reranker.row_contrast:
         return (
-            "stage 'saturation' compares the tokens of the values and their states: set reranker.values to 'token' and "
-            "reranker.control to 'constraints'."
+            "stage 'saturation' trains the tokens of the values with and without a contrast: set reranker.values to 'token', "
+            "reranker.lr_rows above 0 and reranker.row_contrast to 0."
         )
-    return None
+    return with_prior(params, "saturation")
+
+
+def in_language(params: Any) -> str | None:
+    """Conflicts of the stage `language` with other sections, which do not matter for the other stages."""
+    if params.controls.scheme != "movielens" or params.controls.attributes is not None:
+        return (
+            "stage 'language' has sentences about films: use a run on MovieLens with controls.scheme 'movielens' and "
+            "controls.attributes null."
+        )
+    return with_prior(params, "language")
 
 
 def in_sessions(params: Any) -> str | None:
     """Conflicts of the stage `sessions` with other sections, which do not matter for the other stages."""
     if params.reranker.request_position != "after":
         return "stage 'sessions' keeps the prefix between the turns: set reranker.request_position to 'after'."
-    return None
+    if params.controls.attributes is not None and len(params.controls.attributes) < 3:
+        return "stage 'sessions' has requests of three attributes: add attributes to controls.attributes, or set it to null."
+    return with_prior(params, "sessions")
 
 
 OF_STAGES: dict[str, Callable[[Any], str | None]] = {
     "missing_metadata": in_missing,
     "saturation": in_saturation,
-    "conflicts": in_requests,
+    "conflicts": partial(with_prior, stage="conflicts"),
+    "language": in_language,
     "sessions": in_sessions,
+    "simulated_users": partial(with_prior, stage="simulated_users"),
 }

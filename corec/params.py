@@ -325,7 +325,7 @@ class StudyParams(Model):
     contrast: list[PositiveFloat] = Field(
         [0.1, 1.0], min_length=1
     )  # 12: weights of reranker.row_contrast, selected on validation
-    # 14: parsers of free text (corec.studies.parsers), and labelled sentences that are made of each kind
+    # 14: parsers of free text (corec.studies.parsers), and number of labelled sentences in each template set
     parsers: list[Literal["grammar", "nearest", "model"]] = Field(["grammar", "nearest", "model"], min_length=1)
     sentences: int = Field(200, ge=20)
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user

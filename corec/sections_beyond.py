@@ -66,7 +66,9 @@ def conflicts_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
         f"{first['dataset']}, K = {first['K']}, strength 1, {first['seeds']} trainings; shares of the first {first['k']} items."
     )
     metrics = [
-        metric for metric in ("first", "second", "any", "both", "met", "avoided", "ndcg") if metric in set(table["metric"])
+        metric
+        for metric in ("first", "second", "any", "both", "lead", "met", "avoided", "ndcg")
+        if metric in set(table["metric"])
     ]
     lines = []
     for (kind, model), part in chosen.groupby(["kind", "model"], sort=False):
@@ -80,7 +82,8 @@ def conflicts_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     header = ["tokens", "signal", "AUC", "Brier score", "cannot be met", "requests"]
     lines = []
     for row in quality.to_dict("records"):
-        numbers = (f"{row['auc']:.3f}", f"{row['brier']:.3f}", f"{row['share']:.0%}", str(row["n"]))
+        scores = [f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in ("auc", "brier")]
+        numbers = (*scores, f"{row['share']:.0%}", str(row["n"]))
         lines.append([str(row["n_tokens"] or "all"), f"`{row['signal']}`", *numbers])
     yield "Requests that cannot be met", markdown(header, lines)
 
@@ -98,7 +101,10 @@ def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     yield "Requests in free text", markdown(["sentences", "parser", *metrics], lines)
     lists = pd.read_csv(folder / "language_lists.csv")
     first = lists.iloc[0]
-    about = f"{first['dataset']}, K = {first['K']}, {first['n_users']} users, {first['seeds']} trainings; hand-written requests."
+    about = (
+        f"{first['dataset']}, K = {first['K']}, {first['n_sentences']} hand-written requests in {first['n_windows']} windows, "
+        f"{first['seeds']} trainings; intervals over the requests."
+    )
     lines = []
     for (ranker, parser), part in lists.groupby(["ranker", "parser"], sort=False):
         cells = part.set_index("metric")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from corec import CorecError, code, files, machine, paths, schemes
+from corec.conflicts import OF_STAGES
 from corec.params import WITHOUT_EFFECT, Params
 
 NOTEBOOKS = {
@@ -47,7 +48,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "figures": ("evaluation",),
     "retriever_study": ("data", "sasrec"),
     "prompt_study": ("data", "sasrec", "controls"),
-    "efficiency": ("data", "sasrec", "controls", "reranker"),
+    "efficiency": ("data", "sasrec", "controls", "reranker", "figures"),
     "missing_metadata": ("data", "sasrec", "controls"),
     "transfer": ("data", "controls", "reranker"),
     "saturation": ("data", "controls", "reranker"),
@@ -378,8 +379,10 @@ def look_or_start(settings: Params, name: str, again: bool = False) -> Stage:
     Raises
     ------
     CorecError
-        See :func:`start`.
+        If the parameters do not fit the stage (:data:`corec.conflicts.OF_STAGES`), or see :func:`start`.
     """
+    if fault := OF_STAGES.get(name, lambda _: None)(settings):
+        raise CorecError(fault[0].upper() + fault[1:])
     again = again or os.environ.get("COREC_AGAIN") == "1"
     record = None if again else finished(settings, name)
     if record is None:

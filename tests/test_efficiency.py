@@ -44,7 +44,11 @@ def test_every_system_at_every_k_and_number_of_tokens(world: World, tmp_path: Pa
     np.testing.assert_allclose(table["usd_per_1000"] * table["lists_per_s"], 0.10 * 1000 / 3600)
     long = table[table["system"] == efficiency.SYSTEMS[1]].set_index(["K", "n_tokens"])["prompt_tokens"]
     assert long[6, 1] > long[3, 1] and long[3, 2] > long[3, 0]
-    assert {path.name for path in efficiency.keep(table, tmp_path / "f")} == {"efficiency.csv", "efficiency.png"}
+    costs = pd.DataFrame(
+        [dict.fromkeys("ranker n_tokens cp ndcg ms usd_per_1000 cp_gain_per_s ndcg_gain_per_s usd_per_1000_items".split(), 1)]
+    )
+    written = {path.name for path in efficiency.keep(table, costs, tmp_path / "f")}
+    assert written == {"efficiency.csv", "efficiency.png", "cost.csv"}
     assert "## Latency" in (tmp_path / "f" / "results.md").read_text()
 
 
@@ -62,7 +66,7 @@ def test_the_cost_of_a_gain_by_hand(tmp_path: Path) -> None:
     results = pd.DataFrame(parts, columns=["model", "metric", "tau", "value"])
     results = results.assign(n_tokens=1, k=5, protocol=params.controls.protocol)
     found = efficiency.cost(table, results, params).set_index("ranker")
-    assert list(found.index) == ["sasrec", "rule", "rule+combiner", "corec", "corec, cached prefix"]
+    assert list(found.index) == ["sasrec", "rule", "rule+combiner", "corec", "corec, further request"]
     assert found["ms"].tolist() == [1, 1, 5, 105, 25]
     np.testing.assert_allclose(found["usd_per_1000"], [0.001, 0.001, 0.005, 0.105, 0.025])
     np.testing.assert_allclose(
@@ -75,8 +79,8 @@ def test_the_cost_of_a_gain_by_hand(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(efficiency.cost(farther, results, params).set_index("ranker"), found)
     written = efficiency.keep(
         table.assign(K=k, p95_ms=1.0, usd_per_1000=0.1, dataset="d", device="m", backbone="b", dtype="t", items_per_s=1.0),
-        tmp_path,
         found.reset_index(),
+        tmp_path,
     )
     assert [path.name for path in written] == ["efficiency.csv", "efficiency.png", "cost.csv"]
     assert "## Cost of control" in (tmp_path / "results.md").read_text()

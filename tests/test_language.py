@@ -8,9 +8,9 @@ import pytest
 from test_prior import params as with_prior
 from test_prior import trained, world_with_priors
 
-from corec import CorecError, controls, pages, reranker
+from corec import CorecError, conflicts, controls, pages, reranker
 from corec.controls import Vocabulary
-from corec.params import ControlsParams, EvaluationParams, StudyParams
+from corec.params import ControlsParams, EvaluationParams, Params, StudyParams
 from corec.studies import language, language_study, parsers
 from corec.studies.language import Sentence
 
@@ -33,7 +33,6 @@ def films() -> Vocabulary:
 
 
 def test_every_value_has_phrases_and_hand_written_sentences(films: Vocabulary) -> None:
-    language.check(films)
     names = {f"{attribute.name}: {label}" for attribute, label in language.values(films)}
     read = language.phrases()
     assert names == {f"{name}: {label}" for name, labels in read.items() if name != "frames" for label in labels}
@@ -45,16 +44,21 @@ def test_every_value_has_phrases_and_hand_written_sentences(films: Vocabulary) -
     assert not set(read["frames"]["known"]) & set(read["frames"]["new"]) and known
 
 
-def test_a_scheme_without_these_values_is_one_sentence(films: Vocabulary) -> None:
-    fewer = Vocabulary(films.attributes[:1], films.labels[:3], films.attribute_of[:3], films.values_of)
-    with pytest.raises(CorecError, match="set controls.scheme to movielens"):
-        language.check(fewer)
+def test_other_schemes_are_refused_before_the_first_notebook() -> None:
+    params = Params()
+    assert "set evidence.combiner" in str(conflicts.OF_STAGES["language"](params))
+    for changes in ({"scheme": "amazon"}, {"attributes": ["genre", "era"]}):
+        other = params.model_copy(update={"controls": ControlsParams.model_validate(changes)})
+        assert "sentences about films" in str(conflicts.OF_STAGES["language"](other))
 
 
 def test_made_sentences_are_seeded_and_their_typos_small() -> None:
     one, other = language.made(50, "new", 3), language.made(50, "new", 3)
     assert one == other != language.made(50, "new", 4)
     assert all(1 <= len(part.request) <= 3 for part in one)
+    sets = language.sets(50, 3)
+    assert [part.request for part in sets["typos"]] == [part.request for part in sets["templates, new"]]
+    assert sets["typos"] != sets["templates, new"]
     rng = np.random.default_rng(0)
     for text in ("romantic comedy", "western"):
         typed = language.with_typos(text, 1.0, rng)
@@ -152,13 +156,12 @@ def test_the_study_of_language(atomic: Path, tmp_path: Path, films: Vocabulary) 
     some = [f"{attribute.name}" for attribute in vocabulary.attributes]
     label = vocabulary.labels[0]
     gold = [Sentence("", {some[0]: {label}}), Sentence("", {})]
-    requests = language_study.requests_of(gold, {"right": [gold[0].request, {}], "blind": [{}, {}]}, world.prepared)
+    requests, sentence_of = language_study.requests_of(gold, {"right": [gold[0].request, {}], "blind": [{}, {}]}, world.prepared)
     assert (requests["gold"] == requests["right"]).all() and (requests["blind"] == -1).all()
     pools = world.prepared.pools["test"]
     scores = [reranker.score_parts(trained(world), world.examples, pools, list(requests.values()))]
     prior = np.stack([world.examples.prior[window] for window in pools.window])
-    users = world.tables.windows.set_index("window").loc[pools.window, "user"].to_numpy()
-    lists = language_study.end_to_end(requests, scores, world.prepared, prior, users, own)
+    lists = language_study.end_to_end(requests, scores, world.prepared, prior, sentence_of, own)
     ahead = lists.set_index(["ranker", "parser", "metric"])["ahead"]
     assert (ahead.xs("gold", level="parser") == 0).all() and (ahead.xs("right", level="parser") == 0).all()
     assert ahead["rule+combiner", "blind", "cp"] <= 0

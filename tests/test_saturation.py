@@ -74,7 +74,7 @@ def test_the_rows_are_those_of_the_values(atomic: Path) -> None:
 def test_the_study_of_saturation(atomic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_with_priors(atomic)
     own = with_prior(world, seeds=2).model_copy(update={"evaluation": EvaluationParams(bootstrap=20), "run": "tried"})
-    own = own.model_copy(update={"study": StudyParams(contrast=[0.1, 3])})
+    own = own.model_copy(update={"study": StudyParams(contrast=[0.1, 3], seeds=2)})
     stage = paths.stage_dir("tried", "reranker")
     for place, seed in ((stage, 0), (stage / "seed-1", 1)):
         place.mkdir(parents=True)
@@ -108,7 +108,10 @@ def test_the_study_of_saturation(atomic: Path, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "figures" / "results.md").read_text() == pages.study_page(tmp_path / "figures")
 
 
-def test_values_as_words_have_no_tokens_to_compare(atomic: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"values": "words"}, {"row_contrast": 0.1}, {"lr_rows": 0.0}], ids=str)
+def test_without_tokens_to_train_nothing_is_trained(atomic: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     world = world_with_priors(atomic)
-    with pytest.raises(CorecError, match="set reranker.values to 'token'"):
-        saturation.compare(world.tables, world.examples, with_prior(world, values="words"), tmp_path)
+    with pytest.raises(
+        CorecError, match="set reranker.values to 'token', reranker.lr_rows above 0 and reranker.row_contrast to 0"
+    ):
+        saturation.compare(world.tables, world.examples, with_prior(world, **changes), tmp_path)

@@ -13,10 +13,10 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from corec import CorecError, controls, evaluation, files, style
-from corec.conflicts import in_requests
+from corec.conflicts import with_prior
 from corec.controls import Pools, Prepared, Vocabulary
 from corec.evaluation import Judged, error_bars, order_by, pick
-from corec.intervals import by_user, intervals
+from corec.intervals import by_user, intervals, resamples
 from corec.params import Params
 from corec.rankers import boost
 from corec.scores import Scores
@@ -25,6 +25,8 @@ from corec.studies import keep_study
 PAIRS = ("compatible", "no candidate", "contradictory")  # kinds of requests of two constraints
 SINGLE = ("familiar", "opposed", "excluded")  # kinds of requests of one constraint
 NONE = -1.0  # strength of rankers without one
+SIGNALS = ("corec", "corec, calibrated", "frequency")
+DRAWS = 200  # resamples of users for the intervals of the signals
 COLUMNS = "kind n_tokens model strength metric value low high K k dataset protocol n_users seeds".split()
 
 
@@ -130,7 +132,7 @@ def collect(by_kind: Mapping[str, np.ndarray], prepared: Prepared, params: Param
     CorecError
         If the re-ranker does not have a probability for each constraint.
     """
-    if fault := in_requests(params):
+    if fault := with_prior(params, "conflicts"):
         raise CorecError(fault[0].upper() + fault[1:])
     scored, places, catalogue = [np.empty((len(prepared.pools["test"].window), 0), dtype=int)], {}, {}
     for kind, request in by_kind.items():
@@ -192,6 +194,9 @@ def measure(
 ) -> pd.DataFrame:
     """Metrics of every ranker under every kind of request (see :func:`shares`), by strength, with intervals over users.
 
+    Of pairs, COREC also has the metric ``lead``: the share of the first k that meets the constraint that is read first, minus the
+    share that meets the other one, mean over both orders of reading.
+
     Prior and relevance of COREC are those of the empty request, so that only the control term depends on the strength.
 
     Parameters
@@ -225,6 +230,12 @@ def measure(
             for metric in each[0]:
                 keys.append((kind, asked.shape[1], model, strength, metric))
                 columns.append(np.mean([values[metric] for values in each], axis=0))
+        column = dict(zip(keys, columns, strict=True))
+        for strength in params.evaluation.strengths if asked.shape[1] > 1 else ():
+            one, other = ((kind, 2, model, strength) for model in ("corec", "corec, reversed"))
+            lead = column[*one, "first"] - column[*one, "second"] + column[*other, "second"] - column[*other, "first"]
+            keys.append((*one, "lead"))
+            columns.append(lead / 2)
         values = by_user(np.stack(columns, axis=1), users[rows])
         low, high = intervals(values, params.evaluation, params.seed)
         table = pd.DataFrame(keys, columns=COLUMNS[:5]).assign(value=values.mean(axis=0), low=low, high=high)
@@ -244,6 +255,37 @@ def unmet_probability(control: np.ndarray, n: int, logits: float) -> np.ndarray:
     return 1 - np.clip(control.max(axis=1) / logits - (n - 1), 0, 1)
 
 
+def signals_of(requests: Requests, part: Scores, prepared: Prepared, users: np.ndarray, params: Params) -> pd.DataFrame:
+    """Signals of one training that no candidate meets a request of the protocol ``catalogue`` (see :func:`unmet`).
+
+    Returns
+    -------
+    Columns ``n_tokens user truth corec``, and ``corec, calibrated`` and ``frequency`` if every fold has requests of both kinds.
+    """
+    pools, vocabulary, logits = prepared.pools["test"], prepared.vocabulary, params.reranker.control_logits
+    parts: list[pd.DataFrame] = []
+    frequency = vocabulary.frequency() / max(1, len(vocabulary.values_of) - 1)
+    for n, place in requests.catalogue.items():
+        request = requests.scored[place]
+        met = np.all(controls.matches(pools.candidates, request, vocabulary.values_of), axis=2)
+        expected = np.log(np.maximum(pools.candidates.shape[1] * frequency[request].prod(axis=1), 1e-9))
+        raw = unmet_probability(part.control[:, place], n, logits)
+        frame = pd.DataFrame({"n_tokens": n, "user": users, "truth": ~met.any(axis=1), "expected": expected, "corec": raw})
+        parts.append(frame[np.asarray((request >= 0).all(axis=1))])
+    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    clipped = table["corec"].clip(1e-4, 1 - 1e-4)
+    inputs = {
+        SIGNALS[1]: np.stack([np.log(clipped / (1 - clipped)), table["n_tokens"]], axis=1),
+        SIGNALS[2]: np.stack([table["expected"], table["n_tokens"]], axis=1),
+    }
+    folds = list(GroupKFold(min(5, table["user"].nunique())).split(table, groups=table["user"]))
+    if all(table["truth"].iloc[rows].nunique() == 2 for rows, _ in folds):
+        for name, values in inputs.items():
+            chances = cross_val_predict(LogisticRegression(), values, table["truth"], cv=folds, method="predict_proba")
+            table[name] = chances[:, 1]
+    return table.drop(columns="expected")
+
+
 def unmet(
     requests: Requests, scores: Sequence[Scores], prepared: Prepared, users: np.ndarray, params: Params
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -260,49 +302,44 @@ def unmet(
 
     Returns
     -------
-    Quality, with columns ``n_tokens signal auc brier share n``: area under the ROC curve, Brier score, share of requests that
-    cannot be met, and number of requests, for each number of constraints and for all (``n_tokens`` 0). And the reliability
-    diagram, with columns ``signal bin predicted observed n``.
+    Quality, with columns ``n_tokens signal auc auc_low auc_high brier brier_low brier_high share n``: area under the ROC curve
+    and Brier score, means over the trainings with intervals over users (:data:`DRAWS` resamples), share of requests that cannot
+    be met, and number of requests, for each number of constraints and for all (``n_tokens`` 0). And the reliability diagram of
+    all trainings together, with columns ``signal bin predicted observed n``.
     """
-    pools, vocabulary, logits = prepared.pools["test"], prepared.vocabulary, params.reranker.control_logits
-    parts: list[pd.DataFrame] = []
-    frequency = vocabulary.frequency() / max(1, len(vocabulary.values_of) - 1)
-    for n, place in requests.catalogue.items():
-        request = requests.scored[place]
-        met = np.all(controls.matches(pools.candidates, request, vocabulary.values_of), axis=2)
-        expected = np.log(np.maximum(pools.candidates.shape[1] * frequency[request].prod(axis=1), 1e-9))
-        raw = np.mean([unmet_probability(part.control[:, place], n, logits) for part in scores], axis=0)
-        frame = pd.DataFrame({"n_tokens": n, "user": users, "truth": ~met.any(axis=1), "expected": expected, "corec": raw})
-        parts.append(frame[np.asarray((request >= 0).all(axis=1))])
-    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    clipped = table["corec"].clip(1e-4, 1 - 1e-4)
-    inputs = {
-        "corec, calibrated": np.stack([np.log(clipped / (1 - clipped)), table["n_tokens"]], axis=1),
-        "frequency": np.stack([table["expected"], table["n_tokens"]], axis=1),
-    }
-    folds = list(GroupKFold(min(5, table["user"].nunique())).split(table, groups=table["user"]))
-    if all(table["truth"].iloc[rows].nunique() == 2 for rows, _ in folds):
-        for name, values in inputs.items():
-            chances = cross_val_predict(LogisticRegression(), values, table["truth"], cv=folds, method="predict_proba")
-            table[name] = chances[:, 1]
-    signals = [name for name in ("corec", *inputs) if name in table]
-    rows = [
-        (n, name, roc_auc_score(part["truth"], part[name]), brier_score_loss(part["truth"], part[name]))
-        for n, part in [(0, table), *table.groupby("n_tokens")]
-        if part["truth"].nunique() == 2
-        for name in signals
-    ]
-    sizes = table.groupby("n_tokens")["truth"].agg(["mean", "size"])
-    sizes.loc[0] = [table["truth"].mean(), len(table)]
-    bins = np.linspace(0, 1, 11)
+    tables = [signals_of(requests, part, prepared, users, params) for part in scores]
+    first, tail = tables[0], (1 - params.evaluation.confidence) / 2
+    names = [name for name in SIGNALS if all(name in table for table in tables)]
+    everyone = np.unique(first["user"])
+    weights = resamples(len(everyone), params.evaluation.model_copy(update={"bootstrap": DRAWS}), params.seed)
+    rows = []
+    for n in (0, *requests.catalogue):
+        chosen = np.full(len(first), True) if n == 0 else (first["n_tokens"] == n).to_numpy()
+        truth, place = first["truth"].to_numpy()[chosen], np.searchsorted(everyone, first["user"].to_numpy()[chosen])
+        if len(set(truth.tolist())) < 2:
+            continue
+        for name in names:
+            values = [table[name].to_numpy()[chosen] for table in tables]
+            found = [quality(truth, values, None)]
+            found += [quality(truth, values, draw[place]) for draw in weights if len(set(truth[draw[place] > 0].tolist())) == 2]
+            low, high = np.quantile(found[1:], [tail, 1 - tail], axis=0)
+            (auc, brier), (auc_low, brier_low), (auc_high, brier_high) = found[0], low, high
+            rows.append((n, name, auc, auc_low, auc_high, brier, brier_low, brier_high, truth.mean(), len(truth)))
+    columns = "n_tokens signal auc auc_low auc_high brier brier_low brier_high share n".split()
+    whole = pd.concat(tables, ignore_index=True)
     diagram = [
         (name, number, part[name].mean(), part["truth"].mean(), len(part))
-        for name in signals
-        for number, part in table.groupby(np.clip(np.digitize(table[name], bins) - 1, 0, 9))
+        for name in names
+        for number, part in whole.groupby(np.clip(np.digitize(whole[name], np.linspace(0, 1, 11)) - 1, 0, 9))
     ]
-    quality = pd.DataFrame(rows, columns="n_tokens signal auc brier".split())
-    quality = quality.assign(share=quality["n_tokens"].map(sizes["mean"]), n=quality["n_tokens"].map(sizes["size"]).astype(int))
-    return quality, pd.DataFrame(diagram, columns="signal bin predicted observed n".split())
+    return pd.DataFrame(rows, columns=columns), pd.DataFrame(diagram, columns="signal bin predicted observed n".split())
+
+
+def quality(truth: np.ndarray, values: Sequence[np.ndarray], weights: np.ndarray | None) -> tuple[float, float]:
+    """Area under the ROC curve and Brier score, means over the trainings; `weights` of the requests."""
+    areas = [roc_auc_score(truth, part, sample_weight=weights) for part in values]
+    errors = [brier_score_loss(truth, part, sample_weight=weights) for part in values]
+    return float(np.mean(areas)), float(np.mean(errors))
 
 
 def keep(table: pd.DataFrame, quality: pd.DataFrame, diagram: pd.DataFrame, folder: Path) -> list[Path]:
@@ -338,5 +375,5 @@ def draw(table: pd.DataFrame, diagram: pd.DataFrame) -> Figure:
         xlabel="predicted probability", ylabel="observed share", title="no candidate meets the request\n(protocol catalogue)"
     )
     axes[2].legend(frameon=False, fontsize="small")
-    figure.suptitle(f"{first['dataset']}, K = {first['K']}, {first['n_users']} users, seeds: {first['seeds']}")
+    figure.suptitle(f"{first['dataset']}, K = {first['K']}, seeds: {first['seeds']}")
     return figure

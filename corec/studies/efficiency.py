@@ -35,7 +35,7 @@ PRICED = {
     "rule+combiner": (SYSTEMS[0], EVIDENCE),
     "boost": (SYSTEMS[0], EVIDENCE),
     "corec": (SYSTEMS[0], EVIDENCE, SYSTEMS[1]),
-    "corec, cached prefix": (SYSTEMS[0], EVIDENCE, SYSTEMS[2]),
+    "corec, further request": (SYSTEMS[0], EVIDENCE, SYSTEMS[2]),
 }
 
 
@@ -160,8 +160,9 @@ def cost(table: pd.DataFrame, results: pd.DataFrame, params: Params) -> pd.DataF
     Returns
     -------
     Columns ``ranker n_tokens cp ndcg ms usd_per_1000 cp_gain ndcg_gain cp_gain_per_s ndcg_gain_per_s usd_per_1000_items``. `ms`
-    is the sum of the median times of the systems that the ranker needs; the gains are those over ``sasrec``, and per second of
-    the added time; the last is the added price of 1,000 more items among the first k that meet the whole request.
+    is the sum of the median times of the systems that the ranker uses, and the price is that of this time; the gains are those
+    over ``sasrec``, and per second of the added time; the last is the added price of 1,000 more items among the first k that meet
+    the whole request.
     """
     k, rows = params.figures.k, []
     nearest = min(table["K"].unique(), key=lambda size: abs(size - params.controls.k))
@@ -175,7 +176,7 @@ def cost(table: pd.DataFrame, results: pd.DataFrame, params: Params) -> pd.DataF
             model = ranker.split(",")[0]
             if model in found.index and set(systems) - {EVIDENCE} <= set(part.index):
                 used = part.loc[[system for system in systems if system in part.index]]
-                price = 1000 * params.efficiency.usd_per_hour / 3600 * (1 / used["lists_per_s"]).sum()
+                price = params.efficiency.usd_per_hour / 3600 * used["p50_ms"].sum()  # ms a list are s for 1,000 lists
                 rows.append((ranker, int(n), *found.loc[model], used["p50_ms"].sum(), price))
     frame = pd.DataFrame(rows, columns=["ranker", "n_tokens", "cp", "ndcg", "ms", "usd_per_1000"])
     base = frame[frame["ranker"] == "sasrec"].set_index("n_tokens")
@@ -264,9 +265,7 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def keep(table: pd.DataFrame, folder: Path, costs: pd.DataFrame | None = None) -> list[Path]:
-    """Write the table, the result of :func:`cost` if given, the plot and the results page to `folder`; return the paths."""
-    if costs is not None:
-        files.write_csv(folder / "cost.csv", costs, "%.4g")
-    written = keep_study(table, draw(table), folder / "efficiency", "%.4g")
-    return written if costs is None else [*written, folder / "cost.csv"]
+def keep(table: pd.DataFrame, costs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the results of :func:`measure` and :func:`cost`, the plot and the results page to `folder`; return the paths."""
+    files.write_csv(folder / "cost.csv", costs, "%.4g")
+    return [*keep_study(table, draw(table), folder / "efficiency", "%.4g"), folder / "cost.csv"]

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from corec import CorecError
 from corec.controls import Vocabulary
 
 Request = dict[str, set[str]]
 FOLDER = Path(__file__).parent
+TYPOS = 0.3  # share of the words
 SETS = ("templates, known", "templates, new", "typos", "hand-written")
 
 
@@ -35,18 +35,6 @@ def phrases() -> dict[str, Any]:
     return read
 
 
-def check(vocabulary: Vocabulary) -> None:
-    """Raise CorecError unless every label of the sentences is a value of `vocabulary`."""
-    names = {(attribute.name, label) for attribute, label in values(vocabulary)}
-    for attribute, labels in phrases().items():
-        for label in labels if attribute != "frames" else ():
-            if (attribute, label) not in names:
-                raise CorecError(
-                    f"The sentences of notebook 14 have the value '{attribute}: {label}', which the scheme of this run lacks: "
-                    "set controls.scheme to movielens and controls.attributes to null."
-                )
-
-
 def values(vocabulary: Vocabulary) -> list[tuple[Any, str]]:
     """Attribute and label of every value, in the order of the vocabulary."""
     return [(vocabulary.attributes[vocabulary.attribute_of[place]], label) for place, label in enumerate(vocabulary.labels)]
@@ -62,7 +50,7 @@ def hand_written() -> list[Sentence]:
     return found
 
 
-def made(count: int, part: str, seed: int, typos: float = 0.0) -> list[Sentence]:
+def made(count: int, part: str, seed: int) -> list[Sentence]:
     """Sentences made from frames and phrases: one to three constraints of different attributes each.
 
     Parameters
@@ -73,8 +61,6 @@ def made(count: int, part: str, seed: int, typos: float = 0.0) -> list[Sentence]
         ``known`` or ``new``: which frames and phrases.
     seed
         Seed of the choice.
-    typos
-        Share of the words of four letters or more with one typo: two letters exchanged, one left out, or one doubled.
     """
     rng, read, found = np.random.default_rng([seed, 14, len(part)]), phrases(), []
     attributes = [name for name in read if name != "frames"]
@@ -86,12 +72,12 @@ def made(count: int, part: str, seed: int, typos: float = 0.0) -> list[Sentence]
             request[str(attribute)] = {label}
             words.append(str(rng.choice(read[attribute][label][part])))
         text = str(rng.choice(read["frames"][part])).format(", ".join(words))
-        found.append(Sentence(with_typos(text, typos, rng) if typos else text, request))
+        found.append(Sentence(text, request))
     return found
 
 
 def with_typos(text: str, share: float, rng: np.random.Generator) -> str:
-    """The text with a typo in a share of its words of four letters or more (see :func:`made`)."""
+    """The text with one typo in a share of its words of four letters or more: letters exchanged, left out, or doubled."""
 
     def change(match: re.Match[str]) -> str:
         word = match[0]
@@ -107,8 +93,9 @@ def with_typos(text: str, share: float, rng: np.random.Generator) -> str:
 
 def sets(count: int, seed: int) -> dict[str, list[Sentence]]:
     """Labelled sentences by :data:`SETS`: `count` of known phrases, of new ones, of these with typos, and those by hand."""
-    new = made(count, "new", seed)
-    return dict(zip(SETS, [made(count, "known", seed), new, made(count, "new", seed, 0.3), hand_written()], strict=True))
+    new, rng = made(count, "new", seed), np.random.default_rng([seed, 16])
+    typed = [sentence._replace(text=with_typos(sentence.text, TYPOS, rng)) for sentence in new]
+    return dict(zip(SETS, [made(count, "known", seed), new, typed, hand_written()], strict=True))
 
 
 def accuracy(sentences: Sequence[Sentence], parsed: Sequence[Request]) -> dict[str, float]:

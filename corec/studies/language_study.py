@@ -15,7 +15,7 @@ from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.scores import Scores
 from corec.studies import keep_study
-from corec.studies.language import SETS, Request, Sentence, accuracy, by_attribute, to_values
+from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, to_values
 from corec.studies.parsers import Constrained, Grammar, Nearest
 
 GOLD = "gold"
@@ -26,14 +26,14 @@ Parsed = dict[str, dict[str, list[Request]]]  # by set and parser
 def parse(sets: Mapping[str, Sequence[Sentence]], vocabulary: Vocabulary, params: Params) -> tuple[Parsed, float | None]:
     """Parse all sentences with the parsers `study.parsers`.
 
-    The threshold of ``nearest`` is selected, and the examples of ``model`` are taken, from the sentences of known phrases.
+    The threshold of ``nearest`` is selected on other sentences of known phrases; the first of them are the examples of ``model``.
 
     Returns
     -------
     The requests, and the threshold of ``nearest`` (None without it).
     """
     found: Parsed = {name: {} for name in sets}
-    threshold, known = None, sets[SETS[0]]
+    threshold, known = None, made(params.study.sentences, "known", params.seed + 1)
     for parser in params.study.parsers:
         print("parser:", parser, flush=True)
         if parser == "model":
@@ -77,14 +77,19 @@ def measure(sets: Mapping[str, Sequence[Sentence]], parsed: Parsed, params: Para
 
 def requests_of(
     sentences: Sequence[Sentence], parsed: Mapping[str, Sequence[Request]], prepared: Prepared
-) -> dict[str, np.ndarray]:
-    """Requests [windows, n] of the test windows by parser, and ``gold``: in turn, the sentences that have constraints."""
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Requests [windows, n] of the test windows by parser, and ``gold``: in turn, the sentences that have constraints.
+
+    Returns
+    -------
+    The requests, and the place of the sentence of each window [windows].
+    """
     places = [place for place, sentence in enumerate(sentences) if sentence.request]
     if not places:
         raise CorecError("No sentence has a constraint: write some into sentences.yaml.")
     chosen = np.array(places)[np.arange(len(prepared.pools["test"].window)) % len(places)]
     every = {GOLD: [sentence.request for sentence in sentences], **parsed}
-    return {name: to_values([part[place] for place in chosen], prepared.vocabulary) for name, part in every.items()}
+    return {name: to_values([part[place] for place in chosen], prepared.vocabulary) for name, part in every.items()}, chosen
 
 
 def end_to_end(
@@ -92,10 +97,10 @@ def end_to_end(
     scores: Sequence[Scores],
     prepared: Prepared,
     prior: np.ndarray,
-    users: np.ndarray,
+    sentence_of: np.ndarray,
     params: Params,
 ) -> pd.DataFrame:
-    """Control and relevance of the lists for the parsed requests, judged by the gold request.
+    """Control and relevance of the lists for the parsed requests, judged by the gold request; intervals over sentences.
 
     Parameters
     ----------
@@ -103,13 +108,13 @@ def end_to_end(
         Result of :func:`requests_of`.
     scores
         Scores of COREC for these requests, in this order, one entry per seed.
-    prepared, prior, users, params
-        Result of stage 03, scores of the combiner [windows, K], user of each window [windows], and settings of the run.
+    prepared, prior, sentence_of, params
+        Result of stage 03, scores of the combiner [windows, K], sentence of each window [windows], and settings of the run.
 
     Returns
     -------
-    Columns ``ranker parser metric value low high ahead ahead_low ahead_high k n_users K dataset seeds``: ``cp`` is the share of
-    the first k that meets the whole gold request; ``ahead`` is the paired difference from the gold request.
+    Columns ``ranker parser metric value low high ahead ahead_low ahead_high k n_sentences n_windows seeds K dataset``: ``cp`` is
+    the share of the first k that meets the whole gold request; ``ahead`` is the paired difference from the gold request.
     """
     pools, values_of, cut = prepared.pools["test"], prepared.vocabulary.values_of, params.figures.k
     combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
@@ -125,11 +130,12 @@ def end_to_end(
             for metric, key in evaluation.control_and_relevance(cut, 1).items():
                 keys.append((ranker, parser, metric))
                 columns.append(np.mean([part[key] for part in each], axis=0))
-    values = by_user(np.stack(columns, axis=1).astype(float), users)
+    values = by_user(np.stack(columns, axis=1).astype(float), sentence_of)
     base = [keys.index((ranker, GOLD, metric)) for ranker, _, metric in keys]
     table = pd.DataFrame(keys, columns=["ranker", "parser", "metric"])
     table = table.join(with_differences(values, values - values[:, base], params.evaluation, params.seed))
-    return table.assign(k=cut, n_users=len(values), K=params.controls.k, dataset=params.data.dataset, seeds=len(scores))
+    table = table.assign(k=cut, n_sentences=len(values), n_windows=len(sentence_of), seeds=len(scores))
+    return table.assign(K=params.controls.k, dataset=params.data.dataset)
 
 
 def keep(table: pd.DataFrame, lists: pd.DataFrame, folder: Path) -> list[Path]:
@@ -152,13 +158,13 @@ def draw(table: pd.DataFrame, lists: pd.DataFrame) -> Figure:
         axis.set_xticklabels([f"{name} ({pick(table, set=name)['n'].iloc[0]})" for name in names], rotation=20)
     axes[0].legend(frameon=False)
     sources, first = list(lists["parser"].unique()), lists.iloc[0]
-    for ranker, shift in (("rule+combiner", -0.08), ("corec", 0.08)):
+    for ranker, offset in (("rule+combiner", -0.08), ("corec", 0.08)):
         rows, mark = pick(lists, ranker=ranker, metric="cp").set_index("parser").loc[sources], style.mark(ranker)
-        places, label = np.arange(len(sources)) + shift, style.label(ranker)
+        places, label = np.arange(len(sources)) + offset, style.label(ranker)
         axes[2].errorbar(places, rows["value"], yerr=error_bars(rows), fmt=mark.marker, color=mark.color, label=label)
     axes[2].set(title=f"CP@{first['k']} for the gold request,\nby the request that is used", xticks=range(len(sources)))
     axes[2].set_xticklabels(sources)
     axes[2].set_ylim(bottom=0)
     axes[2].legend(frameon=False)
-    figure.suptitle(f"requests in free text; lists: {first['dataset']}, K = {first['K']}, {first['n_users']} users")
+    figure.suptitle(f"requests in free text; lists: {first['dataset']}, K = {first['K']}, {first['n_windows']} windows")
     return figure

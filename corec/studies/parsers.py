@@ -86,7 +86,7 @@ class Grammar:
 
 
 class Nearest:
-    """Parser by embeddings: a value is requested if its name resembles a part of the sentence, of one to four words.
+    """Parser by embeddings: a value is requested if its name or a known phrase resembles a part of the sentence, of 1 to 4 words.
 
     Parameters
     ----------
@@ -100,7 +100,10 @@ class Nearest:
 
     def __init__(self, vocabulary: Vocabulary, encoder: tuple[Any, Any], threshold: float = 0.6) -> None:
         self.encoder, self.threshold, self.names = encoder, threshold, values(vocabulary)
-        self.targets = self.embed([f"{attribute.name}: {label}" for attribute, label in self.names])
+        known = [phrases().get(attribute.name, {}).get(label, {}).get("known", []) for attribute, label in self.names]
+        texts = [[f"{attribute.name}: {label}", *part] for (attribute, label), part in zip(self.names, known, strict=True)]
+        self.of = np.repeat(np.arange(len(texts)), [len(part) for part in texts])  # value of each text
+        self.targets = self.embed([text for part in texts for text in part])
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Embeddings of length 1 [texts, width]."""
@@ -112,7 +115,9 @@ class Nearest:
         words = re.findall(r"[\w'.-]+", text.lower())
         parts = [" ".join(words[start : start + size]) for size in range(1, 5) for start in range(len(words) - size + 1)]
         parts = [part for part in dict.fromkeys(parts) if set(part.split()) - FILLER] or [text or " "]
-        return np.asarray((self.embed(parts) @ self.targets.T).max(axis=0))
+        best = np.full(len(self.names), -1.0)
+        np.maximum.at(best, self.of, (self.embed(parts) @ self.targets.T).max(axis=0))
+        return best
 
     def __call__(self, text: str) -> Request:
         """Parse a sentence."""

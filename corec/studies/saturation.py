@@ -206,8 +206,8 @@ class Compared(NamedTuple):
 def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> Compared:
     """Score the re-rankers of the run, and train others with ``reranker.row_contrast``.
 
-    The weights of `study.contrast` are compared on validation with one training each; the best one is trained with all
-    `reranker.seeds` seeds.
+    The weights of `study.contrast` are compared on validation with one training each; the best one is trained with the first
+    `study.seeds` of the `reranker.seeds` seeds of the run, and compared with the run's trainings of these seeds.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
         raise CorecError(fault[0].upper() + fault[1:])
     folder.mkdir(parents=True, exist_ok=True)
     stage, found = paths.stage_dir(params.run, "reranker"), {name: list[Trained]() for name in MODELS}
-    seeds = range(params.seed, params.seed + params.reranker.seeds)
+    seeds = range(params.seed, params.seed + min(params.study.seeds, params.reranker.seeds))
     start = build(tables.items, examples.prepared.vocabulary, params.reranker, params.seed)
     empty = Scores(*(np.empty(0),) * 3)
     found[MODELS[0]].append(Trained(empty, empty, cosines(start, examples, params)))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from corec import evaluation, files, machine, reranker, style
 from corec.controls import Pools, Prepared, Vocabulary, matches
-from corec.evaluation import error_bars, order_by, pick
+from corec.evaluation import Judged, error_bars, order_by, pick
 from corec.intervals import by_user, intervals
 from corec.params import Params
 from corec.rankers import boost
@@ -29,9 +29,9 @@ COLUMNS = "turn edit n_tokens model metric value low high K k dataset n_users se
 def draw(pools: Pools, vocabulary: Vocabulary, rng: np.random.Generator) -> list[np.ndarray]:
     """Draw the requests of the turns: :data:`EDITS` of the constraints of the turn before.
 
-    Every constraint is a value of some candidate, of three different attributes. The user starts with one constraint and adds a
-    second one, which another candidate has; changes the second one to another value of its attribute; adds a third one; and drops
-    the first one.
+    Every constraint is a value of some candidate, of three different attributes in random order. The user starts with one
+    constraint and adds a second one; changes the second one to another value of its attribute, which therefore is one with two
+    values among the candidates; adds a third one; and drops the first one.
 
     Parameters
     ----------
@@ -42,21 +42,19 @@ def draw(pools: Pools, vocabulary: Vocabulary, rng: np.random.Generator) -> list
 
     Returns
     -------
-    Value numbers [windows, n] of each turn; -1 where the candidates have no (other) value of the attribute.
+    Value numbers [windows, n] of each turn; all are -1 in a window whose candidates do not allow such a session.
     """
     total = len(vocabulary.attributes)
     first, second, other, third = (np.full(len(pools.window), -1) for _ in range(4))
     for window, items in enumerate(pools.candidates):
         values = np.unique(vocabulary.values_of[items])
-        present = [values[(values >= 0) & (vocabulary.kind(values) == number)] for number in range(total)]
-        known = [part for part in (present[number] for number in rng.permutation(total)) if len(part)]
-        known.sort(key=len, reverse=True)  # the attribute that is changed needs two values; a stable sort keeps the random order
-        changed, rest = known[:1], known[1:]
-        for target, part in zip((first, third), rest, strict=False):
-            target[window] = rng.choice(part)
-        if changed:
-            pair = rng.permutation(changed[0])[:2]
-            second[window], other[window] = pair[0], pair[1] if len(pair) > 1 else -1
+        present = [values[(values >= 0) & (vocabulary.kind(values) == number)] for number in rng.permutation(total)]
+        known = [part for part in present if len(part)]
+        changed = next((place for place, part in enumerate(known) if len(part) > 1), None)
+        if changed is None or len(known) < 3:
+            continue
+        second[window], other[window] = rng.permutation(known.pop(changed))[:2]
+        first[window], third[window] = rng.choice(known[0]), rng.choice(known[1])
     columns = [(first,), (first, second), (first, other), (first, other, third), (other, third)]
     return [np.stack(part, axis=1) for part in columns]
 
@@ -83,6 +81,20 @@ def kept_pairs(before: np.ndarray, after: np.ndarray, change: np.ndarray) -> np.
     )
 
 
+def rankings(
+    pools: Pools, judged: Judged, prior: np.ndarray, totals: Sequence[np.ndarray], params: Params
+) -> dict[str, list[np.ndarray]]:
+    """Rankings [windows, K] of a turn by ranker, one for each training: of the scores `totals` of COREC, and without it."""
+    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    return {
+        "combiner": [evaluation.retriever_order(combined)],
+        "hard-filter+combiner": [evaluation.hard_filter_order(combined, judged.met)],
+        "rule+combiner": [evaluation.rule_order(combined, judged.met)],
+        "boost": [order_by(boost(prior, judged.met, params.evaluation.boost))],
+        "corec": [order_by(total) for total in totals],
+    }
+
+
 def measure(
     requests: Sequence[np.ndarray],
     scores: Sequence[Scores],
@@ -92,6 +104,8 @@ def measure(
     params: Params,
 ) -> pd.DataFrame:
     """CP@k (all constraints met), NDCG@k and stability of every ranker by turn, with intervals over users.
+
+    Windows without a session (see :func:`draw`) do not count.
 
     ``kept`` is :func:`kept_pairs` since the turn before, ``overlap`` the share of the first k items that were there before.
 
@@ -112,19 +126,15 @@ def measure(
     -------
     Columns of :data:`COLUMNS`.
     """
-    pools, cut, keys, columns = prepared.pools["test"], params.figures.k, [], []
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    rows = np.asarray((requests[0] >= 0).all(axis=1))
+    pools, requests, prior, users = prepared.pools["test"].take(rows), [part[rows] for part in requests], prior[rows], users[rows]
+    scores = [Scores(*(part[rows] for part in each)) for each in scores]
+    cut, keys, columns = params.figures.k, [], []
     before: dict[str, list[np.ndarray]] = {}
     count = np.zeros(pools.candidates.shape, dtype=int)
     for turn, request in enumerate(requests):
         judged = evaluation.judge(pools, request, prepared.vocabulary.values_of)
-        orders = {
-            "combiner": [evaluation.retriever_order(combined)],
-            "hard-filter+combiner": [evaluation.hard_filter_order(combined, judged.met)],
-            "rule+combiner": [evaluation.rule_order(combined, judged.met)],
-            "boost": [order_by(boost(prior, judged.met, params.evaluation.boost))],
-            "corec": [order_by(part.total()[:, turn]) for part in scores],
-        }
+        orders = rankings(pools, judged, prior, [part.total()[:, turn] for part in scores], params)
         met = matches(pools.candidates, request, prepared.vocabulary.values_of).sum(axis=2)
         for model, of_seeds in orders.items():
             found = [evaluation.by_window(order, judged, [cut]) for order in of_seeds]
