@@ -46,10 +46,10 @@ def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
         values.append([f"{names[str(metric)]}, `{model}`", *texts])
         if model != "corec" and not str(metric).endswith("_gap"):
             texts = ["" if r is None else f"{r['ahead']:+.3f} ({r['ahead_low']:+.3f} to {r['ahead_high']:+.3f})" for r in found]
-            differences.append([names[str(metric)], *texts])
+            differences.append([f"{names[str(metric)]}, `{model}`", *texts])
     header = ["", *(f"{n} token{'s' if n != 1 else ''}" for n in lengths)]
     yield "Saturation", [about, "", *markdown(header, values)]
-    yield "Contrast minus none", ["Paired, with intervals over users.", "", *markdown(header, differences)]
+    yield "Differences from corec", ["Paired, with intervals over users.", "", *markdown(header, differences)]
     similar = pd.read_csv(folder / "similarity.csv")
     lines = [
         [f"`{row['model']}`", str(row["of"]), str(row["n_tokens"] or ""), f"{row['same']:.3f}", f"{row['other']:.3f}"]
