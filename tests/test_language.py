@@ -168,5 +168,8 @@ def test_the_study_of_language(atomic: Path, tmp_path: Path, films: Vocabulary) 
     written = language_study.keep(table, lists, tmp_path / "figures")
     assert sorted(path.name for path in written) == ["language.csv", "language.png", "language_lists.csv"]
     assert (tmp_path / "figures" / "results.md").read_text() == pages.study_page(tmp_path / "figures")
-    with pytest.raises(CorecError, match="No sentence has a constraint"):
+    strange = [*gold, Sentence("", {some[0]: {"nowhere"}})]
+    again, _ = language_study.requests_of(strange, {"right": [gold[0].request, {}, {some[0]: {"nowhere"}}]}, world.prepared)
+    assert (again["gold"] == requests["gold"]).all() and language.to_values([strange[2].request], vocabulary).tolist() == [[-1]]
+    with pytest.raises(CorecError, match="No sentence has constraints that items"):
         language_study.requests_of([Sentence("", {})], {}, world.prepared)

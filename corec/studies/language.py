@@ -117,9 +117,10 @@ def by_attribute(sentences: Sequence[Sentence], parsed: Sequence[Request]) -> di
 
 
 def to_values(requests: Iterable[Request], vocabulary: Vocabulary) -> np.ndarray:
-    """Value numbers [requests, n] of parsed requests, padded with -1; n is the largest number of constraints."""
+    """Value numbers [requests, n] of parsed requests, padded with -1; labels that no item has are left out."""
     number = {(attribute.name, label): place for place, (attribute, label) in enumerate(values(vocabulary))}
-    rows = [[number[name, label] for name, labels in request.items() for label in sorted(labels)] for request in requests]
+    pairs = [[(name, label) for name, labels in request.items() for label in sorted(labels)] for request in requests]
+    rows = [[number[pair] for pair in row if pair in number] for row in pairs]
     table = np.full((len(rows), max(1, *map(len, rows))), -1)
     for place, row in enumerate(rows):
         table[place, : len(row)] = row

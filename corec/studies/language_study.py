@@ -15,7 +15,7 @@ from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.scores import Scores
 from corec.studies import keep_study
-from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, to_values
+from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, to_values, values
 from corec.studies.parsers import Constrained, Grammar, Nearest
 
 GOLD = "gold"
@@ -80,13 +80,17 @@ def requests_of(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Requests [windows, n] of the test windows by parser, and ``gold``: in turn, the sentences that have constraints.
 
+    Sentences with a label that no item has are left out.
+
     Returns
     -------
     The requests, and the place of the sentence of each window [windows].
     """
-    places = [place for place, sentence in enumerate(sentences) if sentence.request]
+    known = {(attribute.name, label) for attribute, label in values(prepared.vocabulary)}
+    asked = [{(name, label) for name, labels in sentence.request.items() for label in labels} for sentence in sentences]
+    places = [place for place, pairs in enumerate(asked) if pairs and pairs <= known]
     if not places:
-        raise CorecError("No sentence has a constraint: write some into sentences.yaml.")
+        raise CorecError("No sentence has constraints that items of this data set meet: write some into sentences.yaml.")
     chosen = np.array(places)[np.arange(len(prepared.pools["test"].window)) % len(places)]
     every = {GOLD: [sentence.request for sentence in sentences], **parsed}
     return {name: to_values([part[place] for place in chosen], prepared.vocabulary) for name, part in every.items()}, chosen
