@@ -207,7 +207,7 @@ def backward(
 
 
 def spread(rows: Tensor) -> Tensor:
-    """Uniformity loss of `rows` [tokens, hidden]: log of the mean of exp(-2 |u - v|^2) over all pairs of unit rows u, v.
+    """Uniformity loss of `rows` [tokens, hidden]: log of the mean of exp(-2 d^2), d the distance of two rows of length 1.
 
     It is 0 if all rows point in one direction and about -4 if they are orthogonal (Wang and Isola, ICML 2020).
     """
