@@ -41,6 +41,11 @@ def boost(prior: np.ndarray, met: np.ndarray, logits: float) -> np.ndarray:
     return prior + logits * met.sum(axis=2)
 
 
+def by_combiner(pools: Pools, prior: np.ndarray) -> Pools:
+    """The pools with the ranks of the combiner in place of the retriever's; `prior` are its scores [windows, K]."""
+    return pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+
+
 def without_model(pools: Pools, judged: Judged, given: Inputs, logits: float) -> dict[str, np.ndarray]:
     """Rankings [windows, K] of all rankers that need no language model, by name.
 
@@ -69,7 +74,7 @@ def without_model(pools: Pools, judged: Judged, given: Inputs, logits: float) ->
     prior = standardise(pools.retriever_score) if given.prior is None else given.prior
     orders["boost"] = order_by(boost(prior, judged.met, logits))
     if given.prior is not None:
-        combined = pools._replace(retriever_rank=order_by(given.prior).argsort(axis=1))
+        combined = by_combiner(pools, given.prior)
         orders["combiner"] = evaluation.retriever_order(combined)
         orders["hard-filter+combiner"] = evaluation.hard_filter_order(combined, judged.met)
         orders["rule+combiner"] = evaluation.rule_order(combined, judged.met)

@@ -19,6 +19,10 @@ class Scores(NamedTuple):
     relevance: np.ndarray
     control: np.ndarray  # at strength 1
 
+    def take(self, rows: np.ndarray) -> "Scores":
+        """Select windows."""
+        return Scores(*(part[rows] for part in self))
+
     def total(self, strength: float = 1.0) -> np.ndarray:
         """Scores [windows, R, K] with the control term weighted by `strength`."""
         return self.prior + self.relevance + np.float32(strength) * self.control

@@ -18,9 +18,9 @@ from corec.controls import Pools, Prepared, Vocabulary
 from corec.evaluation import Judged, error_bars, order_by, pick
 from corec.intervals import by_user, intervals, resamples
 from corec.params import Params
-from corec.rankers import boost
+from corec.rankers import boost, by_combiner
 from corec.scores import Scores
-from corec.studies import keep_study
+from corec.studies import imputers, keep_study
 
 PAIRS = ("compatible", "no candidate", "contradictory")  # kinds of requests of two constraints
 SINGLE = ("familiar", "opposed", "excluded")  # kinds of requests of one constraint
@@ -52,9 +52,9 @@ def draw_pairs(pools: Pools, vocabulary: Vocabulary, rng: np.random.Generator) -
     exclusive = (per_item.max(axis=1) <= 1)[attribute_of]  # [values]
     same = attribute_of[:, None] == attribute_of
     different = ~np.eye(len(attribute_of), dtype=bool)
-    requests = {kind: np.full((len(pools.window), 2), -1) for kind in PAIRS}
+    requests, of_item = {kind: np.full((len(pools.window), 2), -1) for kind in PAIRS}, imputers.table(vocabulary) > 0
     for window, items in enumerate(pools.candidates):
-        has = (vocabulary.values_of[items][:, :, None] == np.arange(len(attribute_of))).any(axis=1)  # [K, values]
+        has = of_item[items]  # [K, values]
         together, present = (has.T.astype(int) @ has) > 0, has.any(axis=0)
         both = present[:, None] & present & different
         allowed = {
@@ -91,7 +91,7 @@ def draw_single(
     -------
     By kind, value numbers [windows, 1]; -1 where a window has no such value.
     """
-    of_item = (vocabulary.values_of[:, :, None] == np.arange(len(vocabulary.labels))).any(axis=1)  # [items + 1, values]
+    of_item = imputers.table(vocabulary) > 0  # [items + 1, values]
     of_value = of_item.T @ embeddings / np.maximum(of_item.sum(axis=0), 1)[:, None]
     requests = {kind: np.full((len(pools.window), 1), -1) for kind in SINGLE}
     for window, (items, history) in enumerate(zip(pools.candidates, histories, strict=True)):
@@ -169,7 +169,7 @@ def rankings(
 
     ``corec, reversed`` reads the constraints of a pair in the other order. The parameters are those of :func:`measure`.
     """
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    combined = by_combiner(pools, prior)
     sign, logits = -1 if kind == "excluded" else 1, params.reranker.control_logits
     wanted = ~judged.met if kind == "excluded" else judged.met
     orders = {
@@ -223,7 +223,7 @@ def measure(
             continue
         pools, asked = prepared.pools["test"].take(rows), request[rows]
         judged = evaluation.judge(pools, asked, prepared.vocabulary.values_of)
-        chosen = [Scores(*(part[rows] for part in each)) for each in scores]
+        chosen = [part.take(rows) for part in scores]
         keys, columns = [], []
         for (model, strength), orders in rankings(kind, requests, judged, chosen, pools, prior[rows], params).items():
             each = [shares(order, judged, cut, kind == "excluded") for order in orders]

@@ -257,8 +257,8 @@ def answer(model: Reranker, prefix: engine.Prefix, rows: Sequence[Row], number: 
 def draw(table: pd.DataFrame) -> Figure:
     """Plot latency and throughput against K, one line per system; bands are the range over numbers of control tokens."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    shown = table[table["system"] != EVIDENCE]
     for axis, name, label in zip(axes, ("p50_ms", "lists_per_s"), ("median ms a list", "lists per second"), strict=True):
-        shown = table[table["system"] != EVIDENCE]
         sns.lineplot(shown, x="K", y=name, hue="system", errorbar=("pi", 100), marker="o", legend=axis is axes[1], ax=axis)
         axis.set(ylabel=label, yscale="log", xticks=sorted(shown["K"].unique()))
     axes[1].legend(bbox_to_anchor=(1, 0.5), loc="center left", frameon=False)

@@ -13,6 +13,7 @@ from corec.controls import Prepared, Vocabulary, matches
 from corec.evaluation import error_bars, order_by, pick
 from corec.intervals import by_user, with_differences
 from corec.params import Params
+from corec.rankers import by_combiner
 from corec.scores import Scores
 from corec.studies import keep_study
 from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, to_values, values
@@ -121,7 +122,7 @@ def end_to_end(
     the share of the first k that meets the whole gold request; ``ahead`` is the paired difference from the gold request.
     """
     pools, values_of, cut = prepared.pools["test"], prepared.vocabulary.values_of, params.figures.k
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    combined = by_combiner(pools, prior)
     gold = requests[GOLD]
     wanted = np.all(matches(pools.candidates, gold, values_of) | (gold < 0)[:, None], axis=2)
     keys, columns = [], []

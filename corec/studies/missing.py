@@ -19,7 +19,7 @@ from corec.data import Tables
 from corec.evaluation import order_by
 from corec.intervals import by_user, with_differences
 from corec.params import Params
-from corec.rankers import boost
+from corec.rankers import boost, by_combiner
 from corec.reranker import build, engine, fingerprint, load_examples, score_parts, train
 from corec.scores import Scores
 from corec.studies import imputers
@@ -201,7 +201,7 @@ def rankings(
     """
     pools, lengths, logits = prepared.pools["test"], params.controls.n_tokens, params.reranker.control_logits
     prior = case.priors.get("test", standardise(pools.retriever_score))
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    combined = by_combiner(pools, prior)
     told = case.known.known(pools.candidates)  # [windows, K, attributes]
     rows, single, found = np.arange(len(pools.window))[:, None], len(lengths), {}
     for place, n in enumerate(lengths):

@@ -70,13 +70,13 @@ class Grammar:
     def numbers(self, text: str, request: Request) -> Request:
         """Add constraints on years, ranks and ratings that occur as numbers."""
         rules = [
-            ("era", r"\b(19\d\d)(?:s\b)?", 1.0),
-            ("era", r"(?<!\d)'?([3-9]0)s\b", 1.0),
-            ("popularity", r"\b(?:top|first|best known|most (?:watched|popular|seen)) (\d{2,3})\b|\b(\d{2,3}) most", 1.0),
-            ("rating", r"(?<![\d.])([1-5](?:\.\d)?)(?: (?:stars|points)|\+| or more| out of)", 1.0),
-            ("rating", r"\brated (?:about |around )?([1-5](?:\.\d)?)", 1.0),
+            ("era", r"\b(19\d\d)(?:s\b)?"),
+            ("era", r"(?<!\d)'?([3-9]0)s\b"),
+            ("popularity", r"\b(?:top|first|best known|most (?:watched|popular|seen)) (\d{2,3})\b|\b(\d{2,3}) most"),
+            ("rating", r"(?<![\d.])([1-5](?:\.\d)?)(?: (?:stars|points)|\+| or more| out of)"),
+            ("rating", r"\brated (?:about |around )?([1-5](?:\.\d)?)"),
         ]
-        for name, pattern, _ in rules:
+        for name, pattern in rules:
             if name not in request and (match := re.search(pattern, text)):
                 number = float(next(group for group in match.groups() if group))
                 number = number + 1900 if name == "era" and number < 100 else number

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, paths, stages, style
+from corec import CorecError, evaluation, files, stages, style
 from corec.conflicts import in_saturation
 from corec.controls import Pools, Vocabulary
 from corec.data import Tables
@@ -28,7 +28,6 @@ from corec.reranker import (
     collate,
     engine,
     fingerprint,
-    load,
     make_rows,
     score_parts,
     token_rows,
@@ -37,6 +36,7 @@ from corec.reranker import (
 )
 from corec.scores import Scores
 from corec.studies import keep_study
+from corec.studies.trained import load_seed
 
 CONTRAST = "corec, contrast"
 ALONE = "corec, constraints alone"
@@ -224,15 +224,13 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
     if fault := in_saturation(params):
         raise CorecError(fault[0].upper() + fault[1:])
     folder.mkdir(parents=True, exist_ok=True)
-    stage, found = paths.stage_dir(params.run, "reranker"), {name: list[Trained]() for name in MODELS}
+    found = {name: list[Trained]() for name in MODELS}
     seeds = range(params.seed, params.seed + min(params.study.seeds, params.reranker.seeds))
     start = build(tables.items, examples.prepared.vocabulary, params.reranker, params.seed)
     empty = Scores(*(np.empty(0),) * 3)
     found[MODELS[0]].append(Trained(empty, empty, cosines(start, examples, params)))
     for seed in seeds:
-        place = stage if seed == params.seed else stage / f"seed-{seed}"
-        model = load(place, tables.items, examples.prepared.vocabulary, params.reranker)
-        found["corec"].append(scored(model, examples, params, f"seed {seed}", alone=True))
+        found["corec"].append(scored(load_seed(tables, examples, params, seed), examples, params, f"seed {seed}", alone=True))
     first = {weight: contrasted(tables, examples, params, weight, params.seed, folder) for weight in params.study.contrast}
     chosen = {f"{weight:g}": validation(each, examples, params) for weight, each in first.items()}
     weight = max(first, key=lambda weight: chosen[f"{weight:g}"])
@@ -282,11 +280,8 @@ def measure(compared: Compared, examples: Examples, users: np.ndarray, params: P
     base = [keys.index(("corec", n, metric)) for _, n, metric in keys]
     numbers = with_differences(whole, whole - whole[:, base], params.evaluation, params.seed)
     table = pd.DataFrame(keys, columns=COLUMNS[:3]).join(numbers).assign(n_users=len(whole), weight=compared.weight)
-    about = {"K": params.controls.k, "k": cut, "seeds": len(compared.trained["corec"])}
-    table = table.assign(dataset=params.data.dataset, protocol=params.controls.protocol)
-    for name, value in about.items():
-        table[name] = value
-    return table[COLUMNS]
+    table = table.assign(dataset=params.data.dataset, protocol=params.controls.protocol, K=params.controls.k, k=cut)
+    return table.assign(seeds=len(compared.trained["corec"]))[COLUMNS]
 
 
 def similarity(trained: Mapping[str, Sequence[Trained]]) -> pd.DataFrame:

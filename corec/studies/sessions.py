@@ -10,12 +10,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from corec import evaluation, files, machine, reranker, style
-from corec.controls import Pools, Prepared, Vocabulary, matches
+from corec import evaluation, files, machine, rankers, reranker, style
+from corec.controls import Pools, Prepared, Vocabulary
 from corec.evaluation import Judged, error_bars, order_by, pick
 from corec.intervals import by_user, intervals
 from corec.params import Params
-from corec.rankers import boost
 from corec.reranker import Examples, Reranker, engine
 from corec.scores import Scores
 from corec.studies import keep_study
@@ -23,6 +22,7 @@ from corec.studies.efficiency import answer, forward
 
 EDITS = ("start", "add", "change", "add", "drop")  # of the turns
 LENGTHS = (1, 2, 2, 3, 2)  # constraints of the turns
+SIMPLE = ("combiner", "hard-filter+combiner", "rule+combiner", "boost")
 COLUMNS = "turn edit n_tokens model metric value low high K k dataset n_users seeds".split()
 
 
@@ -85,14 +85,8 @@ def rankings(
     pools: Pools, judged: Judged, prior: np.ndarray, totals: Sequence[np.ndarray], params: Params
 ) -> dict[str, list[np.ndarray]]:
     """Rankings [windows, K] of a turn by ranker, one for each training: of the scores `totals` of COREC, and without it."""
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
-    return {
-        "combiner": [evaluation.retriever_order(combined)],
-        "hard-filter+combiner": [evaluation.hard_filter_order(combined, judged.met)],
-        "rule+combiner": [evaluation.rule_order(combined, judged.met)],
-        "boost": [order_by(boost(prior, judged.met, params.evaluation.boost))],
-        "corec": [order_by(total) for total in totals],
-    }
+    simple = rankers.without_model(pools, judged, rankers.Inputs(np.zeros(prior.shape), prior), params.evaluation.boost)
+    return {name: [simple[name]] for name in SIMPLE} | {"corec": [order_by(total) for total in totals]}
 
 
 def measure(
@@ -128,14 +122,14 @@ def measure(
     """
     rows = np.asarray((requests[0] >= 0).all(axis=1))
     pools, requests, prior, users = prepared.pools["test"].take(rows), [part[rows] for part in requests], prior[rows], users[rows]
-    scores = [Scores(*(part[rows] for part in each)) for each in scores]
+    scores = [part.take(rows) for part in scores]
     cut, keys, columns = params.figures.k, [], []
     before: dict[str, list[np.ndarray]] = {}
     count = np.zeros(pools.candidates.shape, dtype=int)
     for turn, request in enumerate(requests):
         judged = evaluation.judge(pools, request, prepared.vocabulary.values_of)
         orders = rankings(pools, judged, prior, [part.total()[:, turn] for part in scores], params)
-        met = matches(pools.candidates, request, prepared.vocabulary.values_of).sum(axis=2)
+        met = judged.met.sum(axis=2)
         for model, of_seeds in orders.items():
             found = [evaluation.by_window(order, judged, [cut]) for order in of_seeds]
             names = evaluation.control_and_relevance(cut, request.shape[1])

@@ -19,7 +19,7 @@ from corec.evaluation import error_bars, order_by, pick
 from corec.evidence.features import pairs
 from corec.intervals import by_user, with_differences
 from corec.params import Params
-from corec.rankers import boost
+from corec.rankers import boost, by_combiner
 from corec.sasrec.baselines import similarities
 from corec.scores import Scores
 from corec.studies import keep_study
@@ -197,7 +197,7 @@ def rankings(
     pools, prior, vocabulary, params
         The windows, the combiner's scores [windows, K], the values of the items, and the settings of the run.
     """
-    combined = pools._replace(retriever_rank=order_by(prior).argsort(axis=1))
+    combined = by_combiner(pools, prior)
     plain = evaluation.retriever_order(combined)
     orders: dict[str, list[list[np.ndarray]]] = {
         "no control": [[plain]], "hard-filter+combiner": [[plain]], BASE: [[plain]], "boost": [[plain]]
@@ -241,13 +241,16 @@ def measure(
     wanted = pools.candidates[np.arange(len(pools.window)), pools.truth]
     likeness = np.asarray(pairs(similarities(tables), wanted[:, None], pools.candidates), dtype=float)
     sessions, parts = params.study.sessions, []
+    orders_of = {
+        key: rankings(request, asked.places[key], scores, pools, prior, vocabulary, params)
+        for key, request in asked.needs.items()
+    }
     for name, level, given in conditions():
-        true_needs = asked.needs[given.order, 0.0] if (given.order, 0.0) in asked.needs else asked.needs["random", 0.0]
+        true_needs = asked.needs[given.order, 0.0]
         count = np.maximum((true_needs >= 0).sum(axis=1), 1)[:, None]
         appeal = likeness * matches(pools.candidates, true_needs, vocabulary.values_of).sum(axis=2) / count
-        key = given.order, given.wrong
         keys, columns = [], []
-        for model, of_seeds in rankings(asked.needs[key], asked.places[key], scores, pools, prior, vocabulary, params).items():
+        for model, of_seeds in orders_of[given.order, given.wrong].items():
             each = [simulate(orders, pools.truth, appeal, given, sessions, params.seed) for orders in of_seeds]
             for metric in METRICS:
                 keys.append((name, level, model, metric))

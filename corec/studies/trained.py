@@ -7,8 +7,15 @@ import numpy as np
 from corec import paths
 from corec.data import Tables
 from corec.params import Params
-from corec.reranker import Examples, engine, load, score_parts
+from corec.reranker import Examples, Reranker, engine, load, score_parts
 from corec.scores import Scores
+
+
+def load_seed(tables: Tables, examples: Examples, params: Params, seed: int) -> Reranker:
+    """Load the re-ranker of the run that was trained with `seed` (raises CorecError if it is missing)."""
+    stage = paths.stage_dir(params.run, "reranker")
+    place = stage if seed == params.seed else stage / f"seed-{seed}"
+    return load(place, tables.items, examples.prepared.vocabulary, params.reranker)
 
 
 def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequence[np.ndarray]) -> list[Scores]:
@@ -34,9 +41,8 @@ def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequ
     CorecError
         If a re-ranker of the run is missing.
     """
-    folder, scores = paths.stage_dir(params.run, "reranker"), []
-    for number in range(params.reranker.seeds):
-        place = folder / f"seed-{params.seed + number}" if number else folder
-        model = engine.merge(load(place, tables.items, examples.prepared.vocabulary, params.reranker))
-        scores.append(score_parts(model, examples, examples.prepared.pools["test"], requests, f"seed {params.seed + number}"))
+    scores = []
+    for seed in range(params.seed, params.seed + params.reranker.seeds):
+        model = engine.merge(load_seed(tables, examples, params, seed))
+        scores.append(score_parts(model, examples, examples.prepared.pools["test"], requests, f"seed {seed}"))
     return scores
