@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from corec import CorecError
+
 
 def conflict(params: Any) -> str | None:
     """Describe the first conflict between sections of `params` as a sentence with a remedy; None if there is none."""
@@ -161,3 +163,14 @@ OF_STAGES: dict[str, Callable[[Any], str | None]] = {
     "sessions": in_sessions,
     "simulated_users": partial(with_prior, stage="simulated_users"),
 }
+
+
+def of_stage(params: Any, stage: str) -> str | None:
+    """Conflicts of a stage with other sections (:data:`OF_STAGES`); None if there is none."""
+    return OF_STAGES[stage](params) if stage in OF_STAGES else None
+
+
+def require(params: Any, stage: str) -> None:
+    """Raise CorecError if the parameters do not fit a stage (see :func:`of_stage`)."""
+    if fault := of_stage(params, stage):
+        raise CorecError(fault[0].upper() + fault[1:])

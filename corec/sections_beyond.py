@@ -7,6 +7,8 @@ import pandas as pd
 
 from corec.figures import markdown
 
+VALUE, AHEAD = "{value:.3f} [{low:.3f}, {high:.3f}]", "{ahead:+.3f} ({ahead_low:+.3f} to {ahead_high:+.3f})"
+
 
 def cost_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Control and relevance with time and price (:func:`corec.studies.efficiency.cost`)."""
@@ -42,10 +44,10 @@ def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     for (metric, model), part in table.groupby(["metric", "model"], sort=False):
         cells = part.set_index("n_tokens")
         found = [cells.loc[n] if n in cells.index else None for n in lengths]
-        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        texts = ["" if row is None else VALUE.format(**row) for row in found]
         values.append([f"{names[str(metric)]}, `{model}`", *texts])
         if model != "corec" and not str(metric).endswith("_gap"):
-            texts = ["" if r is None else f"{r['ahead']:+.3f} ({r['ahead_low']:+.3f} to {r['ahead_high']:+.3f})" for r in found]
+            texts = ["" if row is None else AHEAD.format(**row) for row in found]
             differences.append([f"{names[str(metric)]}, `{model}`", *texts])
     header = ["", *(f"{n} token{'s' if n != 1 else ''}" for n in lengths)]
     yield "Saturation", [about, "", *markdown(header, values)]
@@ -74,7 +76,7 @@ def conflicts_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     for (kind, model), part in chosen.groupby(["kind", "model"], sort=False):
         cells = part.set_index("metric")
         found = [cells.loc[metric] if metric in cells.index else None for metric in metrics]
-        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        texts = ["" if row is None else VALUE.format(**row) for row in found]
         lines.append([str(kind), f"`{model}`", *texts])
     header = ["request", "ranker", *(f"NDCG@{first['k']}" if metric == "ndcg" else metric for metric in metrics)]
     yield "Conflicts", [about, "", *markdown(header, lines)]
@@ -95,7 +97,7 @@ def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     lines = []
     for (name, parser), part in table.groupby(["set", "parser"], sort=False):
         cells = part.set_index("metric")
-        texts = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**cells.loc[metric]) for metric in metrics[:4]]
+        texts = [VALUE.format(**cells.loc[metric]) for metric in metrics[:4]]
         texts += [f"{cells.loc[metric, 'value']:.2f}" for metric in metrics[4:]]
         lines.append([f"{name} ({part['n'].iloc[0]})", f"`{parser}`", *texts])
     yield "Requests in free text", markdown(["sentences", "parser", *metrics], lines)
@@ -108,8 +110,8 @@ def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     lines = []
     for (ranker, parser), part in lists.groupby(["ranker", "parser"], sort=False):
         cells = part.set_index("metric")
-        texts = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
-        texts += ["{ahead:+.3f} ({ahead_low:+.3f} to {ahead_high:+.3f})".format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
+        texts = [VALUE.format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
+        texts += [AHEAD.format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
         lines.append([f"`{ranker}`", f"`{parser}`", *texts])
     names = [f"CP@{first['k']}", f"NDCG@{first['k']}"]
     yield "Lists for parsed requests", [about, "", *markdown(["", "request", *names, *(f"{n} minus gold" for n in names)], lines)]
@@ -132,7 +134,7 @@ def sessions_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     for (metric, model), part in table.groupby(["metric", "model"], sort=False):
         cells = part.set_index("turn")
         found = [cells.loc[turn] if turn in cells.index else None for turn in turns["turn"]]
-        texts = ["" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in found]
+        texts = ["" if row is None else VALUE.format(**row) for row in found]
         lines.append([f"{names[str(metric)]}, `{model}`", *texts])
     yield "Sessions", [f"{about} Turns with their number of constraints.", "", *markdown(header, lines)]
     times = pd.read_csv(folder / "session_latency.csv")
@@ -154,10 +156,7 @@ def simulated_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     )
     default = table[table["assumption"] == "default"].set_index(["model", "metric"])
     metrics = list(dict.fromkeys(table["metric"]))
-    lines = [
-        [f"`{model}`", *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**default.loc[model, metric]) for metric in metrics)]
-        for model in models
-    ]
+    lines = [[f"`{model}`", *(VALUE.format(**default.loc[model, metric]) for metric in metrics)] for model in models]
     yield "Simulated users", [about, "", *markdown(["", *metrics], lines)]
     rows = table[table["metric"] == "found"]
     lines = [

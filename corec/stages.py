@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corec import CorecError, code, files, machine, paths, schemes
-from corec.conflicts import OF_STAGES
+from corec import CorecError, code, conflicts, files, machine, paths, schemes
 from corec.params import WITHOUT_EFFECT, Params
 
 NOTEBOOKS = {
@@ -379,10 +378,9 @@ def look_or_start(settings: Params, name: str, again: bool = False) -> Stage:
     Raises
     ------
     CorecError
-        If the parameters do not fit the stage (:data:`corec.conflicts.OF_STAGES`), or see :func:`start`.
+        If the parameters do not fit the stage (:func:`corec.conflicts.require`), or see :func:`start`.
     """
-    if fault := OF_STAGES.get(name, lambda _: None)(settings):
-        raise CorecError(fault[0].upper() + fault[1:])
+    conflicts.require(settings, name)
     again = again or os.environ.get("COREC_AGAIN") == "1"
     record = None if again else finished(settings, name)
     if record is None:

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corec import CorecError, files, paths, profiles, stages
-from corec.conflicts import OF_STAGES
+from corec import CorecError, conflicts, files, paths, profiles, stages
 from corec.params import Params
 
 SPINS = 5_000  # spins of a waiting OpenMP thread before it sleeps: see docs/engine.md, "A busy neighbour"
@@ -77,7 +76,7 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
         if runs.setdefault(settings.run, settings) != settings:
             raise CorecError(f"{target.profile}: another run of this command is also named {settings.run!r}: change its `run`.")
         for stage in target.stages or settings.stages:
-            if fault := OF_STAGES.get(stage, lambda _: None)(settings):
+            if fault := conflicts.of_stage(settings, stage):
                 raise CorecError(f"{target.profile}: {fault}")
         for stage in needed(target, settings):
             if (path := record(settings, stage)) not in jobs:

@@ -12,8 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from corec import CorecError, controls, evaluation, files, style
-from corec.conflicts import with_prior
+from corec import conflicts, controls, evaluation, files, style
 from corec.controls import Pools, Prepared, Vocabulary
 from corec.evaluation import Judged, error_bars, order_by, pick
 from corec.intervals import by_user, intervals, resamples
@@ -132,8 +131,7 @@ def collect(by_kind: Mapping[str, np.ndarray], prepared: Prepared, params: Param
     CorecError
         If the re-ranker does not have a probability for each constraint.
     """
-    if fault := with_prior(params, "conflicts"):
-        raise CorecError(fault[0].upper() + fault[1:])
+    conflicts.require(params, "conflicts")
     scored, places, catalogue = [np.empty((len(prepared.pools["test"].window), 0), dtype=int)], {}, {}
     for kind, request in by_kind.items():
         for reverse in (False, True) if request.shape[1] > 1 else (False,):

@@ -98,10 +98,14 @@ def sets(count: int, seed: int) -> dict[str, list[Sentence]]:
     return dict(zip(SETS, [made(count, "known", seed), new, typed, hand_written()], strict=True))
 
 
+def pairs(request: Request) -> set[tuple[str, str]]:
+    """Attribute and label of every constraint of a request."""
+    return {(name, label) for name, labels in request.items() for label in labels}
+
+
 def accuracy(sentences: Sequence[Sentence], parsed: Sequence[Request]) -> dict[str, float]:
     """Exact match, and precision, recall and F1 of the single constraints, over all sentences."""
-    gold = [{(name, label) for name, labels in part.request.items() for label in labels} for part in sentences]
-    found = [{(name, label) for name, labels in request.items() for label in labels} for request in parsed]
+    gold, found = [pairs(part.request) for part in sentences], [pairs(request) for request in parsed]
     right, told, asked = (sum(map(len, part)) for part in ([a & b for a, b in zip(gold, found, strict=True)], found, gold))
     precision, recall = right / max(told, 1), right / max(asked, 1)
     exact = float(np.mean([one == other for one, other in zip(gold, found, strict=True)]))

@@ -16,7 +16,7 @@ from corec.params import Params
 from corec.rankers import by_combiner
 from corec.scores import Scores
 from corec.studies import keep_study
-from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, to_values, values
+from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, pairs, to_values, values
 from corec.studies.parsers import Constrained, Grammar, Nearest
 
 GOLD = "gold"
@@ -88,8 +88,7 @@ def requests_of(
     The requests, and the place of the sentence of each window [windows].
     """
     known = {(attribute.name, label) for attribute, label in values(prepared.vocabulary)}
-    asked = [{(name, label) for name, labels in sentence.request.items() for label in labels} for sentence in sentences]
-    places = [place for place, pairs in enumerate(asked) if pairs and pairs <= known]
+    places = [place for place, sentence in enumerate(sentences) if sentence.request and pairs(sentence.request) <= known]
     if not places:
         raise CorecError("No sentence has constraints that items of this data set meet: write some into sentences.yaml.")
     chosen = np.array(places)[np.arange(len(prepared.pools["test"].window)) % len(places)]

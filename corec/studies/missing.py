@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from corec import CorecError, controls, evaluation, evidence, files, stages
-from corec.conflicts import in_missing
+from corec import conflicts, controls, evaluation, evidence, files, stages
 from corec.controls import Prepared, Vocabulary, standardise
 from corec.data import Tables
 from corec.evaluation import order_by
@@ -287,8 +286,7 @@ def measure(tables: Tables, prepared: Prepared, params: Params, folder: Path, em
     CorecError
         Before the first training, if the settings do not fit the study (see :mod:`corec.conflicts`).
     """
-    if fault := in_missing(params):
-        raise CorecError(fault[0].upper() + fault[1:])
+    conflicts.require(params, "missing_metadata")
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[Key, list[np.ndarray]] = {}
     guesses = []

@@ -14,8 +14,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from corec import CorecError, evaluation, files, stages, style
-from corec.conflicts import in_saturation
+from corec import conflicts, evaluation, files, stages, style
 from corec.controls import Pools, Vocabulary
 from corec.data import Tables
 from corec.evaluation import error_bars, order_by, pick
@@ -221,8 +220,7 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
     CorecError
         Before the first training, if the values are not tokens with states of their own.
     """
-    if fault := in_saturation(params):
-        raise CorecError(fault[0].upper() + fault[1:])
+    conflicts.require(params, "saturation")
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: list[Trained]() for name in MODELS}
     seeds = range(params.seed, params.seed + min(params.study.seeds, params.reranker.seeds))
