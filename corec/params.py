@@ -312,7 +312,7 @@ class StudyParams(Model):
     ablations: list[Ablation] = []  # 08: variants of the re-ranker (see corec.studies.ablations); empty omits this comparison
     surface: list[int] = []  # 08: numbers of candidates under which the variant `corec` is also evaluated; empty omits this
     texts: list[str] = []  # 08: models of evidence.text, or `none`, with which the combiner is compared; empty omits this
-    ablation_share: float = Field(0.5, gt=0, le=1)  # 08: steps of each variant, as a share of those of the run
+    ablation_share: float = Field(0.5, gt=0, le=1)  # 08, 11: steps of each variant, as a share of those of the run
     rates: list[PositiveFloat] = Field([1.0], min_length=1)  # 08: factors of the learning rates, selected on validation
     # 10: shares of the attributes of items that are unknown, and, with nothing unknown, shares that have other values
     missing: list[Share] = Field([0, 0.25, 0.5, 0.75, 0.9], min_length=1)
@@ -322,6 +322,7 @@ class StudyParams(Model):
     nearest_title: bool = True  # 10: also guess the values by the most similar title, under the encoder MiniLM
     source: str | None = Field(None, pattern=RUN_NAME)  # 11: run whose trained re-ranker is used; empty: this run
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
+    unseen: float = Field(0, ge=0, lt=1)  # 11: share of the values of each attribute kept back from training; 0 omits this
     contrast: list[PositiveFloat] = Field(
         [0.1, 1.0], min_length=1
     )  # 12: weights of reranker.row_contrast, selected on validation

@@ -7,14 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from corec.figures import markdown
-from corec.sections_beyond import (
-    conflicts_sections,
-    cost_section,
-    language_sections,
-    saturation_sections,
-    sessions_sections,
-    simulated_sections,
-)
+from corec.sections_beyond import KINDS as BEYOND
 
 Section = tuple[str, list[str]]  # heading and lines
 
@@ -388,11 +381,6 @@ KINDS: dict[str, Callable[[Path], Iterator[Section]]] = {
     "missing.csv": missing_sections,
     "guesses.csv": guesses_section,
     "transfer.csv": transfer_sections,
-    "cost.csv": cost_section,
-    "saturation.csv": saturation_sections,
-    "conflicts.csv": conflicts_sections,
-    "language.csv": language_sections,
-    "sessions.csv": sessions_sections,
-    "simulated.csv": simulated_sections,
+    **BEYOND,
     "data.csv": bench_sections,
 }

@@ -1,6 +1,6 @@
-"""Tables of the results pages of the studies beyond the paper (notebooks 12 to 16), and of the cost of control (notebook 09)."""
+"""Tables of the results pages of the studies beyond the paper (notebooks 12 to 16), of values kept back (11) and of cost (09)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +23,22 @@ def cost_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
         last = "" if pd.isna(row["usd_per_1000_items"]) else f"{100 * row['usd_per_1000_items']:.2g}"
         lines.append([str(row["n_tokens"]), f"`{row['ranker']}`", *texts, last])
     yield "Cost of control", ["Gains over `sasrec`, per second of added time.", "", *markdown(header, lines)]
+
+
+def unseen_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Control by values that the training did not have (:mod:`corec.studies.unseen`)."""
+    table = pd.read_csv(folder / "unseen.csv")
+    first, kinds = table.iloc[0], ("trained", "kept back")
+    of = {kind: table[table["tokens"] == kind].set_index(["model", "metric"]) for kind in kinds}
+    columns = [(metric, kind) for metric in ("cp", "ndcg") for kind in kinds]
+    header = ["", *(f"{metric.upper()}@{first['k']}, {kind} ({of[kind]['n_users'].iloc[0]} users)" for metric, kind in columns)]
+    rows = [
+        [f"`{model}`", *(VALUE.format(**of[kind].loc[(model, metric)]) for metric, kind in columns)]
+        for model in table["model"].unique()
+    ]
+    about = f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, one constraint; values kept back: "
+    about += f"{first['kept_back']}."
+    yield "Values kept back from training", [about, "", *markdown(header, rows)]
 
 
 def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -167,3 +183,14 @@ def simulated_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
         "Simulated users: share that finds the wanted item",
         markdown(["assumption", *(f"`{model}`" for model in models)], lines),
     )
+
+
+KINDS: dict[str, Callable[[Path], Iterator[tuple[str, list[str]]]]] = {
+    "unseen.csv": unseen_section,
+    "cost.csv": cost_section,
+    "saturation.csv": saturation_sections,
+    "conflicts.csv": conflicts_sections,
+    "language.csv": language_sections,
+    "sessions.csv": sessions_sections,
+    "simulated.csv": simulated_sections,
+}

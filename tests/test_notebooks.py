@@ -42,6 +42,7 @@ SMALL = {
         "wrong": [],
         "nearest_title": False,
         "transfer_steps": [1],
+        "unseen": 0.25,
         "contrast": [0.1],
         "parsers": ["grammar"],
         "sentences": 20,
@@ -104,7 +105,7 @@ def test_every_notebook_runs_twice_in_one_kernel(opened: Ran) -> None:
     expected = (
         "ablations.png conflicts.png efficiency.png fig6-oracle.png fig6.png fig7-oracle.png fig7.png fig8-oracle.png fig8.png "
         "frontier.png language.png loss_curves.png missing.png orders.png readouts.png saturation.png seed_curves.png sessions.png simulated.png surface.png texts.png "
-        "transfer.png"
+        "transfer.png unseen.png"
     )
     assert sorted(path.name for path in folder.glob("*.png")) == expected.split()
     said = "".join(output.get("text", "") for cell in opened.whole.cells for output in cell.get("outputs", []))

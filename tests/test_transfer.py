@@ -11,10 +11,10 @@ import torch
 from test_prior import params as with_prior
 from test_reranker import World, unlike_start
 
-from corec import CorecError, pages, paths, reranker, stages
-from corec.controls import Vocabulary
+from corec import CorecError, controls, pages, paths, reranker, stages
+from corec.controls import Vocabulary, without
 from corec.params import EvaluationParams, Params
-from corec.studies import transfer
+from corec.studies import transfer, unseen
 
 
 @pytest.fixture
@@ -120,3 +120,47 @@ def test_transfer_is_compared_with_training_anew(world: World, monkeypatch: pyte
     assert [path.name for path in transfer.keep(table, folder)] == ["transfer.csv", "transfer.png"]
     page = (folder / "results.md").read_text()
     assert "| `transferred, 2 steps` |" in page and page == pages.study_page(folder)
+
+
+def test_values_kept_back_are_some_of_each_attribute_and_no_item_has_them(world: World) -> None:
+    vocabulary = world.prepared.vocabulary
+    chosen = unseen.choose(vocabulary, 0.3, 0)
+    for number in range(len(vocabulary.attributes)):
+        own = (vocabulary.attribute_of == number) & (vocabulary.frequency() > 0)
+        assert 0 < chosen[own].sum() < own.sum()
+    masked = without(vocabulary, chosen)
+    assert (masked.frequency()[~chosen] == vocabulary.frequency()[~chosen]).all() and not masked.frequency()[chosen].any()
+    assert masked.labels == vocabulary.labels
+
+
+def test_training_requests_no_value_that_is_kept_back(world: World) -> None:
+    own, chosen = with_prior(world, prior=False), unseen.choose(world.prepared.vocabulary, 0.3, 0)
+    masked = without(world.prepared.vocabulary, chosen)
+    for step in range(6):
+        free = reranker.training_batch(world.examples, own, step)
+        batch = reranker.training_batch(world.examples, own, step, requested=masked)
+        np.testing.assert_array_equal(free.pools.candidates, batch.pools.candidates)
+        for place, request in enumerate(batch.requests):
+            assert not chosen[request[request >= 0]].any()
+            met = controls.matches(batch.pools.candidates, request, world.prepared.vocabulary.values_of)
+            np.testing.assert_array_equal(batch.targets.met[:, place, : request.shape[1]], met.transpose(0, 2, 1))
+
+
+def test_trainings_without_some_values_are_kept_and_compared(world: World, tmp_path: Path) -> None:
+    own = with_prior(world, prior=False, steps=2, curriculum_steps=2, control="constraints", loss="listwise")
+    study = own.study.model_copy(update={"unseen": 0.3})
+    own = own.model_copy(update={"study": study, "evaluation": EvaluationParams(bootstrap=20)})
+    found, values = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
+    assert list(found) == ["tokens, never requested", "words, never requested", "tokens, never seen", "words, never seen"]
+    kept_files = sorted((tmp_path / "stage").iterdir())
+    assert [path.suffix for path in kept_files] == [".npz"] * 4
+    again, _ = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
+    np.testing.assert_array_equal(*(part["words, never seen"].control for part in (found, again)))
+    users = world.tables.windows.set_index("window").loc[world.pools.window, "user"].to_numpy()
+    table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, world.examples, users, own)
+    assert set(table["tokens"]) == {"trained", "kept back"} and set(table["n_tokens"]) == {1}
+    assert (table["kept_back"] == values.sum()).all()
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    assert [path.name for path in unseen.keep(table, folder)] == ["unseen.csv", "unseen.png"]
+    assert "| `words, never seen` |" in (folder / "results.md").read_text()

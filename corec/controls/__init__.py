@@ -1,6 +1,6 @@
 """Stage 03: attributes as control values, candidate pools, requests and control scores."""
 
-from corec.controls.incomplete import corrupt, hide
+from corec.controls.incomplete import corrupt, hide, without
 from corec.controls.pools import (
     Pools,
     Prepared,
@@ -37,4 +37,5 @@ __all__ = [
     "standardise",
     "to_dataset",
     "wanted",
+    "without",
 ]

@@ -35,6 +35,12 @@ def hide(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
     return dataclasses.replace(vocabulary, values_of=padded(np.where(hidden, -1, vocabulary.values_of)))
 
 
+def without(vocabulary: Vocabulary, values: np.ndarray) -> Vocabulary:
+    """The vocabulary in which no item has the `values` [values], a mask; their labels stay."""
+    kept = (vocabulary.values_of >= 0) & ~values[vocabulary.values_of]
+    return dataclasses.replace(vocabulary, values_of=padded(np.where(kept, vocabulary.values_of, -1)))
+
+
 def corrupt(vocabulary: Vocabulary, share: float, seed: int) -> Vocabulary:
     """Replace the values of a random part of the pairs of an item and an attribute by other ones.
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from corec import CorecError, controls, files, stages
 from corec.checkpoint import Checkpoint
-from corec.controls import Pools
+from corec.controls import Pools, Vocabulary
 from corec.params import Params, RerankerParams
 from corec.reranker import devices
 from corec.reranker.model import Reranker, build, save
@@ -56,14 +56,16 @@ class TrainingBatch(NamedTuple):
     """Windows of one optimiser step with their requests and targets."""
 
     pools: Pools
-    requests: list[np.ndarray]  # R arrays [windows, n]
+    requests: list[np.ndarray]  # R arrays [windows, n], or [windows] of sentences
     targets: Targets
     plain: bool
     hidden: np.ndarray | None = None  # attributes that the lines of the candidates omit [windows, K, attributes]
 
 
-def training_batch(examples: Examples, params: Params, step: int) -> TrainingBatch:
+def training_batch(examples: Examples, params: Params, step: int, requested: Vocabulary | None = None) -> TrainingBatch:
     """Draw the batch of a step; it depends on seed and step only, so a resumed training uses the same batches.
+
+    The requests are drawn from the values of the candidates in `requested`, by default those of `examples`.
 
     In the first `curriculum_steps` steps, prompts are plain: in the first half of them, requests have one constraint; in the
     second half, their lengths cycle through those of ``train_tokens`` without 0. In later steps they cycle through all lengths.
@@ -88,7 +90,8 @@ def training_batch(examples: Examples, params: Params, step: int) -> TrainingBat
     wanted = settings.requests_per_window
     first = step * wanted if wanted < len(lengths) else 0  # too few for all lengths: take them in turn over the steps
     lengths = [lengths[(first + i) % len(lengths)] for i in range(wanted)]
-    requests = [controls.draw_requests(pools, n, params.controls.protocol, prepared.vocabulary, rng) for n in lengths]
+    asking = requested or prepared.vocabulary
+    requests = [controls.draw_requests(pools, n, params.controls.protocol, asking, rng) for n in lengths]
     truth = pools.is_truth() if settings.truth_bonus and not plain else np.zeros(pools.candidates.shape, dtype=bool)
     met = [controls.matches(pools.candidates, request, prepared.vocabulary.values_of) for request in requests]
     shape = (len(pools.window), wanted)
@@ -268,6 +271,7 @@ def train(
     folder: Path | None,
     stop_after: int | None = None,
     accelerator: Accelerator | None = None,
+    draw: Callable[[Examples, Params, int], TrainingBatch] = training_batch,
 ) -> pd.DataFrame:
     """Fine-tune with the loss ``reranker.loss``; resumes from the checkpoint in `folder`, if there is one.
 
@@ -285,6 +289,8 @@ def train(
         Stop after this number of steps, as if interrupted.
     accelerator
         Accelerator of ``accelerate launch``; the windows of each step are divided among its processes.
+    draw
+        Function that draws the batch of a step.
 
     Returns
     -------
@@ -331,7 +337,7 @@ def train(
         step = len(rows)
         reranker.model.train()
         torch.manual_seed(params.seed * 1_000_003 + step + (accelerator.process_index << 32))
-        batch = training_batch(examples, params, step)
+        batch = draw(examples, params, step)
         part = devices.share(len(batch.pools.window), accelerator.process_index, accelerator.num_processes)
         pools = batch.pools.take(np.arange(len(batch.pools.window))[part])
         hidden = None if batch.hidden is None else batch.hidden[part]

@@ -22,6 +22,7 @@ from corec.rankers import boost, by_combiner
 from corec.reranker import build, engine, fingerprint, load_examples, score_parts, train
 from corec.scores import Scores
 from corec.studies import imputers
+from corec.studies.trained import once
 
 DROPOUT = "corec-dropout"
 MODELS = ("corec", DROPOUT)
@@ -163,18 +164,15 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
     priors = {split: part.round(3).tolist() for split, part in case.priors.items()}
     sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     identity = files.digest([sections, fingerprint(examples), given, priors])
-    path = folder / f"{model}-{case.condition.missing:g}-{case.condition.wrong:g}-{case.condition.seed}-{identity}.npz"
-    if (kept := files.read_arrays(path, Scores._fields)) is not None:
-        return Scores(**kept)
-    print(f"{model}: {case.condition.missing:.0%} missing, {case.condition.wrong:.0%} wrong, seed {own.seed}", flush=True)
-    training = folder / "training"
-    training.mkdir(parents=True, exist_ok=True)
-    trained = build(tables.items, case.known, own.reranker, own.seed)
-    train(trained, examples, own, training)
-    found = score_parts(engine.merge(trained), examples, pools, requests, report=model)
-    files.write_arrays(path, **found._asdict())
-    (training / "checkpoint.pt").unlink(missing_ok=True)
-    return found
+    name = f"{model}-{case.condition.missing:g}-{case.condition.wrong:g}-{case.condition.seed}-{identity}.npz"
+
+    def compute(training: Path) -> Scores:
+        print(f"{model}: {case.condition.missing:.0%} missing, {case.condition.wrong:.0%} wrong, seed {own.seed}", flush=True)
+        trained = build(tables.items, case.known, own.reranker, own.seed)
+        train(trained, examples, own, training)
+        return score_parts(engine.merge(trained), examples, pools, requests, report=model)
+
+    return once(folder / name, compute)
 
 
 def rankings(

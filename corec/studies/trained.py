@@ -1,10 +1,12 @@
-"""Scores of the trained re-rankers of a run under further requests."""
+"""Scores of the trained re-rankers of a run under further requests, and kept scores of the trainings of a study."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from corec import paths
+from corec import files, paths
 from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, engine, load, score_parts
@@ -46,3 +48,24 @@ def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequ
         model = engine.merge(load_seed(tables, examples, params, seed))
         scores.append(score_parts(model, examples, examples.prepared.pools["test"], requests, f"seed {seed}"))
     return scores
+
+
+def once(path: Path, compute: Callable[[Path], Scores]) -> Scores:
+    """Scores that are kept at `path`, or else those of `compute`, which are then kept there.
+
+    Parameters
+    ----------
+    path
+        File, ``.npz``.
+    compute
+        Function that trains and scores. Its argument is the folder of the checkpoint, from which a second call resumes and which
+        is removed at the end.
+    """
+    if (kept := files.read_arrays(path, Scores._fields)) is not None:
+        return Scores(**kept)
+    training = path.with_suffix("")
+    training.mkdir(parents=True, exist_ok=True)
+    found = compute(training)
+    files.write_arrays(path, **found._asdict())
+    shutil.rmtree(training)
+    return found
