@@ -329,6 +329,7 @@ class StudyParams(Model):
     # 14: parsers of free text (corec.studies.parsers), and number of labelled sentences in each template set
     parsers: list[Literal["grammar", "nearest", "model"]] = Field(["grammar", "nearest", "model"], min_length=1)
     sentences: int = Field(200, ge=20)
+    sentence_steps: int = Field(80, ge=0)  # 14: steps of the training on sentences as requests; 0 omits it
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
 
 

@@ -120,17 +120,18 @@ def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     lists = pd.read_csv(folder / "language_lists.csv")
     first = lists.iloc[0]
     about = (
-        f"{first['dataset']}, K = {first['K']}, {first['n_sentences']} hand-written requests in {first['n_windows']} windows, "
-        f"{first['seeds']} trainings; intervals over the requests."
+        f"{first['dataset']}, K = {first['K']}, {first['n_windows']} windows, {first['seeds']} trainings; intervals over the "
+        "sentences. `gold` is the labelled request, `sentence` the sentence itself."
     )
     lines = []
-    for (ranker, parser), part in lists.groupby(["ranker", "parser"], sort=False):
+    for (name, ranker, parser), part in lists.groupby(["set", "ranker", "parser"], sort=False):
         cells = part.set_index("metric")
         texts = [VALUE.format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
         texts += [AHEAD.format(**cells.loc[metric]) for metric in ("cp", "ndcg")]
-        lines.append([f"`{ranker}`", f"`{parser}`", *texts])
+        lines.append([f"{name} ({part['n_sentences'].iloc[0]})", f"`{ranker}`", f"`{parser}`", *texts])
     names = [f"CP@{first['k']}", f"NDCG@{first['k']}"]
-    yield "Lists for parsed requests", [about, "", *markdown(["", "request", *names, *(f"{n} minus gold" for n in names)], lines)]
+    header = ["sentences", "ranker", "request", *names, *(f"{name} minus gold" for name in names)]
+    yield "Lists for parsed requests", [about, "", *markdown(header, lines)]
 
 
 def sessions_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:

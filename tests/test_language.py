@@ -1,17 +1,19 @@
 """Requests in free text: labelled sentences, parsers, constrained decoding, and the study."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from test_prior import params as with_prior
 from test_prior import trained, world_with_priors
+from test_reranker import World
 
-from corec import CorecError, conflicts, controls, pages, reranker
+from corec import CorecError, conflicts, controls, pages, paths, reranker, stages
 from corec.controls import Vocabulary
 from corec.params import ControlsParams, EvaluationParams, Params, StudyParams
-from corec.studies import language, language_study, parsers
+from corec.studies import language, language_study, parsers, sentence_requests
 from corec.studies.language import Sentence
 
 
@@ -165,6 +167,11 @@ def test_the_study_of_language(atomic: Path, tmp_path: Path, films: Vocabulary) 
     ahead = lists.set_index(["ranker", "parser", "metric"])["ahead"]
     assert (ahead.xs("gold", level="parser") == 0).all() and (ahead.xs("right", level="parser") == 0).all()
     assert ahead["rule+combiner", "blind", "cp"] <= 0
+    direct = [reranker.score_parts(trained(world), world.examples, pools, [requests["gold"]])]
+    whole = language_study.end_to_end(requests, scores, world.prepared, prior, sentence_of, own, direct)
+    ahead = whole.set_index(["ranker", "parser", "metric"])["ahead"]
+    assert (ahead["corec", "sentence"] == 0).all() and ("rule+combiner", "sentence", "cp") not in set(ahead.index)
+    lists = pd.concat([whole.assign(set=name) for name in language_study.LISTED], ignore_index=True)
     written = language_study.keep(table, lists, tmp_path / "figures")
     assert sorted(path.name for path in written) == ["language.csv", "language.png", "language_lists.csv"]
     assert (tmp_path / "figures" / "results.md").read_text() == pages.study_page(tmp_path / "figures")
@@ -173,3 +180,65 @@ def test_the_study_of_language(atomic: Path, tmp_path: Path, films: Vocabulary) 
     assert (again["gold"] == requests["gold"]).all() and language.to_values([strange[2].request], vocabulary).tolist() == [[-1]]
     with pytest.raises(CorecError, match="No sentence has constraints that items"):
         language_study.requests_of([Sentence("", {})], {}, world.prepared)
+
+
+@pytest.fixture
+def world(atomic: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The small data set with priors, and phrases for its values: the label itself."""
+    world = world_with_priors(atomic)
+    made: dict[str, Any] = {"frames": {"known": ["a {}", "the {}"], "new": ["one {}"], "open": ["any"]}}
+    for attribute, label in language.values(world.prepared.vocabulary):
+        made.setdefault(attribute.name, {})[label] = {"known": [label], "new": [label]}
+    for module in (language, sentence_requests):
+        monkeypatch.setattr(module, "phrases", lambda: made)
+    return world
+
+
+def test_a_sentence_is_followed_by_the_tokens_of_all_attributes(world: World) -> None:
+    prompter = world.build(with_prior(world)).prompter
+    text = "a <genre: Comedy> film, please"
+    row = prompter.row([1], [2, 3], [text, np.array([text])[0]])
+    names = [prompter._ids[f"<{attribute.name}>"] for attribute in world.prepared.vocabulary.attributes]
+    assert row.suffixes[0] == row.suffixes[1]
+    assert [row.suffixes[0][slice(*span)] for span in row.constraints[0]] == [[name] for name in names]
+    assert not set(row.suffixes[0][: row.constraints[0][0][0]]) & set(prompter._ids.values()), "no control token from the text"
+    long = prompter.row([1], [2, 3], ["film " * 500])
+    assert len(long.suffixes[0]) < 80 and long.constraints[0][0][0] < 80
+
+
+def test_batches_of_sentences_say_what_the_requests_ask(world: World) -> None:
+    own, vocabulary = with_prior(world), world.prepared.vocabulary
+    plain, batch = reranker.training_batch(world.examples, own, 20), sentence_requests.draw(world.examples, own, 20)
+    again = sentence_requests.draw(world.examples, own, 20)
+    assert all((one == other).all() for one, other in zip(batch.requests, again.requests, strict=True))
+    assert batch.targets.present.all() and batch.targets.met.shape[2] == len(vocabulary.attributes)
+    np.testing.assert_array_equal(batch.targets.met.sum(axis=2), plain.targets.met.sum(axis=2))
+    for place, (texts, values) in enumerate(zip(batch.requests, plain.requests, strict=True)):
+        for window, (text, row) in enumerate(zip(texts, values, strict=True)):
+            asked = [vocabulary.labels[value] for value in row if value >= 0]
+            assert asked or text == "any"
+            assert all(label[0] in text for label in asked)  # the rest of a label may have a typo
+            for value in row[row >= 0]:
+                met = (vocabulary.values_of[batch.pools.candidates[window]] == value).any(axis=1)
+                np.testing.assert_array_equal(batch.targets.met[window, place, vocabulary.attribute_of[value]], met)
+
+
+def test_training_on_sentences_starts_from_the_run_and_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = with_prior(world, lr=1e-5, lr_head=1e-5, lr_rows=1e-5)
+    own = own.model_copy(update={"study": StudyParams(sentence_steps=2), "run": "tried"})
+    model = trained(world)
+    reranker.save(model, pd.DataFrame({"step": [0]}), tmp_path)
+    monkeypatch.setattr(stages, "require", lambda run, stage: {"identity": "first"})
+    monkeypatch.setattr(paths, "stage_dir", lambda run, stage: tmp_path)
+    texts = [np.array(["the film"] * len(world.pools.window)), np.array(["any"] * len(world.pools.window))]
+    prepared = world.prepared._replace(pools=world.prepared.pools | {"test": world.pools})
+    examples = world.examples._replace(prepared=prepared)
+    (found,) = sentence_requests.scores(world.tables, examples, own, texts, tmp_path / "kept")
+    before = reranker.score_parts(model, examples, world.pools, texts)
+    assert found.control.shape == before.control.shape and (found.control != before.control).any()
+    np.testing.assert_allclose(found.control, before.control, rtol=0.02, err_msg="it starts from the trained weights")
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".npz"]
+    (again,) = sentence_requests.scores(world.tables, examples, own, texts, tmp_path / "kept")
+    np.testing.assert_array_equal(found.control, again.control)

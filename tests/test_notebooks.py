@@ -46,6 +46,7 @@ SMALL = {
         "contrast": [0.1],
         "parsers": ["grammar"],
         "sentences": 20,
+        "sentence_steps": 1,
         "sessions": 3,
     },
     "efficiency": {"candidates": [5, 8], "repeats": 2, "users": 3},

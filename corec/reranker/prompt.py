@@ -19,6 +19,7 @@ from corec.controls import Vocabulary
 from corec.params import RerankerParams
 
 MAX_K = 50  # maximum number of candidates in a prompt
+MAX_SENTENCE = 48  # maximum number of tokens of a sentence as request; the rest is dropped
 SOFT = "<item>"  # token at the start of a candidate's line, to whose embedding the retriever's states are added
 
 
@@ -179,12 +180,19 @@ class Prompter:
             return []
         return [token for value in values for token in self.values[value]]
 
-    def request(self, values: Sequence[int]) -> list[int]:
-        """Token ids of a request: the heading, then its constraints in order. Values of -1 (no constraint) are skipped."""
+    def request(self, values: Sequence[int] | str) -> list[int]:
+        """Token ids of a request: the heading, then its constraints in order. Values of -1 (no constraint) are skipped.
+
+        A sentence is followed by the tokens of all attributes, each for the constraint that the sentence has on it, if any.
+        """
         return self.request_spans(values)[0]
 
-    def request_spans(self, values: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def request_spans(self, values: Sequence[int] | str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a request (see :meth:`request`), and start and end of each constraint, equal for a value of -1."""
+        if isinstance(values, str):
+            ids = self.heading_request + self._encode(f" {values}")[:MAX_SENTENCE] + self.newline
+            names = [self._ids[f"<{attribute.name}>"] for attribute in self.vocabulary.attributes]
+            return ids + names, [(len(ids) + place, len(ids) + place + 1) for place in range(len(names))]
         ids, spans = list(self.heading_request), []
         for value in values:
             if value >= 0:
@@ -197,7 +205,7 @@ class Prompter:
         self,
         history: Sequence[int],
         candidates: Sequence[int],
-        requests: Sequence[Sequence[int]],
+        requests: Sequence[Sequence[int] | str],
         plain: bool = False,
         hidden: np.ndarray | None = None,
     ) -> Row:
@@ -208,7 +216,7 @@ class Prompter:
         history, candidates
             Item numbers; the history oldest first.
         requests
-            Value ids of each request; exactly one request with ``request_position: before``.
+            Value ids of each request, or a sentence; exactly one request with ``request_position: before``.
         plain
             Omit the titles and the history (first part of the curriculum).
         hidden
@@ -247,7 +255,7 @@ class Prompter:
         self,
         history: Sequence[int],
         candidates: Sequence[int],
-        requests: Sequence[Sequence[int]],
+        requests: Sequence[Sequence[int] | str],
         plain: bool,
         titles: int,
         hidden: np.ndarray | None = None,

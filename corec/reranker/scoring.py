@@ -91,7 +91,7 @@ def make_rows(
     pools
         Windows and their candidates.
     requests
-        One array [windows, n] per request; n may differ between requests.
+        One array [windows, n] per request; n may differ between requests. An array [windows] of sentences is a request too.
     plain
         Omit the titles and the history (see :meth:`corec.reranker.Prompter.row`).
     hidden
@@ -167,7 +167,7 @@ def score_parts(
     pools
         Windows and their candidates.
     requests
-        R arrays [windows, n]; n may differ between requests.
+        R arrays [windows, n], or [windows] of sentences; n may differ between requests.
     report
         Label of a progress line, printed every 20 s; None for no progress lines.
     shard

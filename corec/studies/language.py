@@ -50,6 +50,15 @@ def hand_written() -> list[Sentence]:
     return found
 
 
+def write(labels: Mapping[str, str], part: str, rng: np.random.Generator) -> str:
+    """A sentence with the constraints `labels` (label by attribute), from a random frame and phrases; without any, ``open``."""
+    read = phrases()
+    if not labels:
+        return str(rng.choice(read["frames"]["open"]))
+    words = [str(rng.choice(read[attribute][label][part])) for attribute, label in labels.items()]
+    return str(rng.choice(read["frames"][part])).format(", ".join(words))
+
+
 def made(count: int, part: str, seed: int) -> list[Sentence]:
     """Sentences made from frames and phrases: one to three constraints of different attributes each.
 
@@ -65,14 +74,9 @@ def made(count: int, part: str, seed: int) -> list[Sentence]:
     rng, read, found = np.random.default_rng([seed, 14, len(part)]), phrases(), []
     attributes = [name for name in read if name != "frames"]
     for _ in range(count):
-        chosen = rng.permutation(attributes)[: rng.integers(1, 4)]
-        request, words = {}, []
-        for attribute in chosen:
-            label = str(rng.choice(list(map(str, read[attribute]))))
-            request[str(attribute)] = {label}
-            words.append(str(rng.choice(read[attribute][label][part])))
-        text = str(rng.choice(read["frames"][part])).format(", ".join(words))
-        found.append(Sentence(text, request))
+        chosen = rng.permutation(attributes)[: rng.integers(1, 4)].tolist()
+        labels = {attribute: str(rng.choice(list(map(str, read[attribute])))) for attribute in chosen}
+        found.append(Sentence(write(labels, part, rng), {attribute: {label} for attribute, label in labels.items()}))
     return found
 
 

@@ -10,16 +10,21 @@ from matplotlib.figure import Figure
 
 from corec import CorecError, backbones, evaluation, files, style
 from corec.controls import Prepared, Vocabulary, matches
+from corec.data import Tables
 from corec.evaluation import error_bars, order_by, pick
 from corec.intervals import by_user, with_differences
 from corec.params import Params
 from corec.rankers import by_combiner
+from corec.reranker import Examples
 from corec.scores import Scores
-from corec.studies import keep_study
+from corec.studies import keep_study, sentence_requests
 from corec.studies.language import Request, Sentence, accuracy, by_attribute, made, pairs, to_values, values
 from corec.studies.parsers import Constrained, Grammar, Nearest
+from corec.studies.trained import score_all
 
 GOLD = "gold"
+SENTENCE = "sentence"  # the sentence itself is the request
+LISTED = ("templates, known", "templates, new", "hand-written")  # sets for which lists are made
 SHOTS = 12  # labelled sentences in the prompt of the language model
 Parsed = dict[str, dict[str, list[Request]]]  # by set and parser
 
@@ -103,6 +108,7 @@ def end_to_end(
     prior: np.ndarray,
     sentence_of: np.ndarray,
     params: Params,
+    direct: Sequence[Scores] = (),
 ) -> pd.DataFrame:
     """Control and relevance of the lists for the parsed requests, judged by the gold request; intervals over sentences.
 
@@ -114,6 +120,8 @@ def end_to_end(
         Scores of COREC for these requests, in this order, one entry per seed.
     prepared, prior, sentence_of, params
         Result of stage 03, scores of the combiner [windows, K], sentence of each window [windows], and settings of the run.
+    direct
+        Scores of COREC for the sentences themselves, one entry per seed; empty if it has not been trained on sentences.
 
     Returns
     -------
@@ -124,22 +132,67 @@ def end_to_end(
     combined = by_combiner(pools, prior)
     gold = requests[GOLD]
     wanted = np.all(matches(pools.candidates, gold, values_of) | (gold < 0)[:, None], axis=2)
-    keys, columns = [], []
+    rankings = {}
     for place, (parser, request) in enumerate(requests.items()):
-        rule = evaluation.rule_order(combined, matches(pools.candidates, request, values_of))
-        rankers = {"rule+combiner": [rule], "corec": [order_by(part.total()[:, place]) for part in scores]}
-        for ranker, orders in rankers.items():
-            judged = evaluation.Judged(pools.is_truth(), wanted[..., None])
-            each = [evaluation.by_window(order, judged, [cut]) for order in orders]
-            for metric, key in evaluation.control_and_relevance(cut, 1).items():
-                keys.append((ranker, parser, metric))
-                columns.append(np.mean([part[key] for part in each], axis=0))
+        rankings["rule+combiner", parser] = [evaluation.rule_order(combined, matches(pools.candidates, request, values_of))]
+        rankings["corec", parser] = [order_by(part.total()[:, place]) for part in scores]
+    if direct:
+        rankings["corec", SENTENCE] = [order_by(part.total()[:, 0]) for part in direct]
+    keys, columns = [], []
+    judged = evaluation.Judged(pools.is_truth(), wanted[..., None])
+    for (ranker, parser), orders in rankings.items():
+        each = [evaluation.by_window(order, judged, [cut]) for order in orders]
+        for metric, key in evaluation.control_and_relevance(cut, 1).items():
+            keys.append((ranker, parser, metric))
+            columns.append(np.mean([part[key] for part in each], axis=0))
     values = by_user(np.stack(columns, axis=1).astype(float), sentence_of)
     base = [keys.index((ranker, GOLD, metric)) for ranker, _, metric in keys]
     table = pd.DataFrame(keys, columns=["ranker", "parser", "metric"])
     table = table.join(with_differences(values, values - values[:, base], params.evaluation, params.seed))
     table = table.assign(k=cut, n_sentences=len(values), n_windows=len(sentence_of), seeds=len(scores))
     return table.assign(K=params.controls.k, dataset=params.data.dataset)
+
+
+def lists_of(
+    sets: Mapping[str, Sequence[Sentence]],
+    parsed: Parsed,
+    tables: Tables,
+    examples: Examples,
+    params: Params,
+    priors: Mapping[str, np.ndarray],
+    folder: Path,
+) -> pd.DataFrame:
+    """:func:`end_to_end` for the sets :data:`LISTED`, also with the sentences as requests if `study.sentence_steps` is not 0.
+
+    Parameters
+    ----------
+    sets, parsed
+        Sentences, and result of :func:`parse`.
+    tables, examples, params
+        Tables, windows and settings of the run, whose stage 04 has finished.
+    priors
+        Scores of the combiner [windows, K] by split.
+    folder
+        Folder of the kept scores and of the checkpoint of the training on sentences.
+
+    Returns
+    -------
+    Columns of :func:`end_to_end` and ``set``.
+    """
+    prepared = examples.prepared
+    chosen = {name: requests_of(sets[name], parsed[name], prepared) for name in LISTED}
+    scores = score_all(tables, examples, params, [request for requests, _ in chosen.values() for request in requests.values()])
+    texts = [np.array([sets[name][place].text for place in places]) for name, (_, places) in chosen.items()]
+    direct = sentence_requests.scores(tables, examples, params, texts, folder) if params.study.sentence_steps else []
+    found, start = [], 0
+    for number, (name, (requests, places)) in enumerate(chosen.items()):
+        end = start + len(requests)
+        own = [Scores(*(values[:, start:end] for values in part)) for part in scores]
+        whole = [Scores(*(values[:, [number]] for values in part)) for part in direct]
+        table = end_to_end(requests, own, prepared, priors["test"], places, params, whole)
+        found.append(table.assign(set=name))
+        start = end
+    return pd.concat(found, ignore_index=True)
 
 
 def keep(table: pd.DataFrame, lists: pd.DataFrame, folder: Path) -> list[Path]:
@@ -150,8 +203,8 @@ def keep(table: pd.DataFrame, lists: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame, lists: pd.DataFrame) -> Figure:
-    """Plot exact match and F1 by set and parser, and CP of the lists by parser."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=False)
+    """Plot exact match and F1 by set and parser, and CP of the lists by what is used as the request."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
     parsers, names = list(table["parser"].unique()), list(table["set"].unique())
     for axis, metric, title in ((axes[0], "exact", "exact match"), (axes[1], "f1", "F1 of the constraints")):
         for shift, (parser, color) in enumerate(zip(parsers, style.CYCLE, strict=False)):
@@ -161,14 +214,19 @@ def draw(table: pd.DataFrame, lists: pd.DataFrame) -> Figure:
         axis.set(title=title, xticks=range(len(names)), ylim=(0, 1.02))
         axis.set_xticklabels([f"{name} ({pick(table, set=name)['n'].iloc[0]})" for name in names], rotation=20)
     axes[0].legend(frameon=False)
-    sources, first = list(lists["parser"].unique()), lists.iloc[0]
-    for ranker, offset in (("rule+combiner", -0.08), ("corec", 0.08)):
-        rows, mark = pick(lists, ranker=ranker, metric="cp").set_index("parser").loc[sources], style.mark(ranker)
-        places, label = np.arange(len(sources)) + offset, style.label(ranker)
-        axes[2].errorbar(places, rows["value"], yerr=error_bars(rows), fmt=mark.marker, color=mark.color, label=label)
-    axes[2].set(title=f"CP@{first['k']} for the gold request,\nby the request that is used", xticks=range(len(sources)))
-    axes[2].set_xticklabels(sources)
-    axes[2].set_ylim(bottom=0)
-    axes[2].legend(frameon=False)
+    first = lists.iloc[0]
+    for axis, name in zip(axes[2:], LISTED[1:], strict=True):
+        part = pick(lists, set=name, metric="cp")
+        sources = list(part["parser"].unique())
+        for ranker, offset in (("rule+combiner", -0.08), ("corec", 0.08)):
+            rows, mark = pick(part, ranker=ranker).set_index("parser").reindex(sources), style.mark(ranker)
+            places, label = np.arange(len(sources)) + offset, style.label(ranker)
+            axis.errorbar(places, rows["value"], yerr=error_bars(rows), fmt=mark.marker, color=mark.color, label=label)
+        axis.set(
+            title=f"CP@{first['k']} for the gold request:\n{name}", xticks=range(len(sources)), xlabel="request that is used"
+        )
+        axis.set_xticklabels(sources, rotation=20)
+        axis.set_ylim(bottom=0)
+    axes[3].legend(frameon=False)
     figure.suptitle(f"requests in free text; lists: {first['dataset']}, K = {first['K']}, {first['n_windows']} windows")
     return figure

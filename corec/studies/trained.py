@@ -5,19 +5,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from corec import files, paths
+from corec.controls import Vocabulary
 from corec.data import Tables
 from corec.params import Params
-from corec.reranker import Examples, Reranker, engine, load, score_parts
+from corec.reranker import Examples, Reranker, engine, load, new_tokens, score_parts, trained_tokens
 from corec.scores import Scores
+
+
+def folder_of(params: Params, seed: int) -> Path:
+    """Folder of the re-ranker of the run that was trained with `seed`."""
+    stage = paths.stage_dir(params.run, "reranker")
+    return stage if seed == params.seed else stage / f"seed-{seed}"
 
 
 def load_seed(tables: Tables, examples: Examples, params: Params, seed: int) -> Reranker:
     """Load the re-ranker of the run that was trained with `seed` (raises CorecError if it is missing)."""
-    stage = paths.stage_dir(params.run, "reranker")
-    place = stage if seed == params.seed else stage / f"seed-{seed}"
-    return load(place, tables.items, examples.prepared.vocabulary, params.reranker)
+    return load(folder_of(params, seed), tables.items, examples.prepared.vocabulary, params.reranker)
 
 
 def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequence[np.ndarray]) -> list[Scores]:
@@ -48,6 +55,33 @@ def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequ
         model = engine.merge(load_seed(tables, examples, params, seed))
         scores.append(score_parts(model, examples, examples.prepared.pools["test"], requests, f"seed {seed}"))
     return scores
+
+
+def take_weights(model: Reranker, vocabulary: Vocabulary, folder: Path) -> list[str]:
+    """Give an untrained re-ranker the trained weights that :func:`corec.reranker.save` wrote to `folder`.
+
+    These are the adapter, the parts of the head that both have, and the rows of the tokens that both have. They become the
+    initial values of the model.
+
+    Returns
+    -------
+    The new tokens of the saved re-ranker.
+    """
+    weights, head = load_file(folder / "adapter" / "adapter_model.safetensors"), load_file(folder / "head.safetensors")
+    trained, tokens = trained_tokens(folder), list(new_tokens(vocabulary, model.params))
+    here = [place for place, token in enumerate(tokens) if token in trained]
+    there = [trained.index(tokens[place]) for place in here]
+    with torch.no_grad():
+        for name, value in model.trainable().items():
+            key = name.removeprefix("model.").replace(".default", "")
+            if name.startswith("model.") and "trainable_tokens" in name:
+                value[here] = weights[key][there].to(value.device, value.dtype)
+            elif name.startswith("model."):
+                value.copy_(weights[key])
+    own = model.head.state_dict()
+    model.head.load_state_dict({name: value for name, value in head.items() if name in own}, strict=False)
+    model.start = {name: value.detach().clone() for name, value in model.trainable().items()}
+    return trained
 
 
 def once(path: Path, compute: Callable[[Path], Scores]) -> Scores:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
@@ -17,9 +16,10 @@ from corec.data import Tables
 from corec.evaluation import error_bars, order_by
 from corec.intervals import by_user, with_differences
 from corec.params import Params, RerankerParams
-from corec.reranker import Examples, Reranker, build, engine, new_tokens, score_parts, train, trained_tokens, value_token
+from corec.reranker import Examples, Reranker, build, engine, score_parts, train, value_token
 from corec.scores import Scores
 from corec.studies import keep_study
+from corec.studies.trained import take_weights
 
 ANEW = "corec"  # trained on the target's own windows, in full
 TRANSFERRED = "transferred"
@@ -69,25 +69,10 @@ def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
     """
     own = settings(params)
     folder = paths.stage_dir(params.study.source or params.run, "reranker")
-    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = str(next(iter(load_file(folder / "adapter" / "adapter_model.safetensors").values())).dtype).removeprefix("torch.")
     own = own.model_copy(update={"reranker": own.reranker.model_copy(update={"dtype": dtype})})
     model = build(tables.items, prepared.vocabulary, own.reranker, params.seed)
-    trained = trained_tokens(folder)
-    tokens = list(new_tokens(prepared.vocabulary, own.reranker))
-    here = [place for place, token in enumerate(tokens) if token in trained]
-    there = [trained.index(tokens[place]) for place in here]
-    with torch.no_grad():
-        for name, value in model.trainable().items():
-            key = name.removeprefix("model.").replace(".default", "")
-            if name.startswith("model.") and "trainable_tokens" in name:
-                value[here] = weights[key][there].to(value.device, value.dtype)
-            elif name.startswith("model."):
-                value.copy_(weights[key])
-    head = load_file(folder / "head.safetensors")
-    kept = {name: value for name, value in head.items() if name in model.head.state_dict()}
-    model.head.load_state_dict(kept, strict=False)
-    model.start = {name: value.detach().clone() for name, value in model.trainable().items()}
+    trained = take_weights(model, prepared.vocabulary, folder)
     words = own.reranker.values == "words"
     names = [value_token(prepared.vocabulary, value) for value in range(len(prepared.vocabulary.labels))]
     attributes = [f"<{prepared.vocabulary.attributes[number].name}>" for number in prepared.vocabulary.attribute_of]
