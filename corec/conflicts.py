@@ -125,6 +125,13 @@ def with_prior(params: Any, stage: str) -> str | None:
     return None
 
 
+def in_transfer(params: Any) -> str | None:
+    """Conflicts of the stage `transfer` with other sections, which do not matter for the other stages."""
+    if 1 not in params.controls.n_tokens:
+        return "stage 'transfer' compares tokens by requests of one constraint: add 1 to controls.n_tokens."
+    return None
+
+
 def in_saturation(params: Any) -> str | None:
     """Conflicts of the stage `saturation` with other sections, which do not matter for the other stages."""
     reranker = params.reranker
@@ -157,6 +164,7 @@ def in_sessions(params: Any) -> str | None:
 
 OF_STAGES: dict[str, Callable[[Any], str | None]] = {
     "missing_metadata": in_missing,
+    "transfer": in_transfer,
     "saturation": in_saturation,
     "conflicts": partial(with_prior, stage="conflicts"),
     "language": in_language,

@@ -32,13 +32,18 @@ def unseen_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
     of = {kind: table[table["tokens"] == kind].set_index(["model", "metric"]) for kind in kinds}
     columns = [(metric, kind) for metric in ("cp", "ndcg") for kind in kinds]
     header = ["", *(f"{metric.upper()}@{first['k']}, {kind} ({of[kind]['n_users'].iloc[0]} users)" for metric, kind in columns)]
-    rows = [
-        [f"`{model}`", *(VALUE.format(**of[kind].loc[(model, metric)]) for metric, kind in columns)]
-        for model in table["model"].unique()
-    ]
+    names = list(table["model"].unique())
+    rows = [[f"`{model}`", *(VALUE.format(**of[kind].loc[(model, metric)]) for metric, kind in columns)] for model in names]
     about = f"{first['dataset']}, K = {first['K']}, protocol `{first['protocol']}`, one constraint; values kept back: "
     about += f"{first['kept_back']}."
+    about += " One choice of these values and one training each; intervals over users."
     yield "Values kept back from training", [about, "", *markdown(header, rows)]
+    rows = [
+        [f"`{model}`", *(AHEAD.format(**of[kind].loc[(model, metric)]) for metric, kind in columns)]
+        for model in names
+        if ", never" in model
+    ]
+    yield "Values kept back, differences from the same training with all values", markdown(header, rows)
 
 
 def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -121,7 +126,7 @@ def language_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:
     first = lists.iloc[0]
     about = (
         f"{first['dataset']}, K = {first['K']}, {first['n_windows']} windows, {first['seeds']} trainings; intervals over the "
-        "sentences. `gold` is the labelled request, `sentence` the sentence itself."
+        "sentences. `gold` is the labelled request, `sentence` the sentence itself, for a re-ranker with further training steps."
     )
     lines = []
     for (name, ranker, parser), part in lists.groupby(["set", "ranker", "parser"], sort=False):

@@ -11,7 +11,7 @@ import torch
 from test_prior import params as with_prior
 from test_reranker import World, unlike_start
 
-from corec import CorecError, controls, pages, paths, reranker, stages
+from corec import CorecError, conflicts, controls, pages, paths, reranker, stages
 from corec.controls import Vocabulary, without
 from corec.params import EvaluationParams, Params
 from corec.studies import transfer, unseen
@@ -146,18 +146,45 @@ def test_training_requests_no_value_that_is_kept_back(world: World) -> None:
             np.testing.assert_array_equal(batch.targets.met[:, place, : request.shape[1]], met.transpose(0, 2, 1))
 
 
-def test_trainings_without_some_values_are_kept_and_compared(world: World, tmp_path: Path) -> None:
+def test_titles_do_not_name_values_that_are_never_seen(world: World) -> None:
+    vocabulary, items = world.prepared.vocabulary, world.tables.items.copy()
+    chosen = unseen.choose(vocabulary, 0.3, 0)
+    label = vocabulary.labels[int(np.flatnonzero(chosen)[0])]
+    items["title"] = f"{label} One: {label.upper()}s, the {label}"
+    titles = unseen.unnamed(items, vocabulary, chosen)["title"]
+    has = (vocabulary.values_of[1:] == np.flatnonzero(chosen)[0]).any(axis=1)
+    assert has.any() and set(titles[~has]) == {items["title"].iloc[0]}
+    assert set(titles[has]) == {f"One: {label.upper()}s, the"}
+
+
+def test_values_that_no_request_asks_for_are_refused(world: World, tmp_path: Path) -> None:
+    own = with_prior(world, prior=False)
+    own = own.model_copy(update={"study": own.study.model_copy(update={"unseen": 0.3})})
+    empty = np.full_like(world.prepared.requests["test", 1], -1)
+    examples = world.examples._replace(prepared=world.prepared._replace(requests=world.prepared.requests | {("test", 1): empty}))
+    with pytest.raises(CorecError, match=r"study.unseen is 0.3: of 0 test requests, 0 ask for one of the"):
+        unseen.compare(world.tables, examples, own, tmp_path)
+    other = own.model_copy(update={"controls": own.controls.model_copy(update={"n_tokens": [0, 2]})})
+    assert "add 1 to controls.n_tokens" in str(conflicts.of_stage(other, "transfer"))
+
+
+def test_trainings_without_some_values_are_kept_and_compared(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stages, "require", lambda run, stage: {"identity": "first"})
     own = with_prior(world, prior=False, steps=2, curriculum_steps=2, control="constraints", loss="listwise")
     study = own.study.model_copy(update={"unseen": 0.3})
     own = own.model_copy(update={"study": study, "evaluation": EvaluationParams(bootstrap=20)})
     found, values = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
-    assert list(found) == ["tokens, never requested", "words, never requested", "tokens, never seen", "words, never seen"]
+    cases = ("all values", "never requested", "never seen")
+    assert list(found) == [f"{form}, {case}" for form in ("tokens", "words") for case in cases]
     kept_files = sorted((tmp_path / "stage").iterdir())
-    assert [path.suffix for path in kept_files] == [".npz"] * 4
+    assert [path.suffix for path in kept_files] == [".npz"] * 6
     again, _ = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
     np.testing.assert_array_equal(*(part["words, never seen"].control for part in (found, again)))
     users = world.tables.windows.set_index("window").loc[world.pools.window, "user"].to_numpy()
     table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, world.examples, users, own)
+    assert (table[table["model"].isin(["corec", "words, all values", "tokens, all values"])]["ahead"] == 0).all()
     assert set(table["tokens"]) == {"trained", "kept back"} and set(table["n_tokens"]) == {1}
     assert (table["kept_back"] == values.sum()).all()
     folder = tmp_path / "figures"

@@ -9,16 +9,15 @@ from corec.reranker.model import (
     adapt,
     build,
     load,
-    row_drift,
     save,
     token_layers,
-    token_rows,
     trained_tokens,
     zero_shot,
 )
 from corec.reranker.probes import row_distance
 from corec.reranker.prompt import MAX_K, Batch, Prompter, Row, collate, encode, index_token, letters, new_tokens, value_token
 from corec.reranker.readout import Head, Parts, listwise, match_loss, ranknet
+from corec.reranker.rows import row_drift, token_rows
 from corec.reranker.scoring import (
     Examples,
     fingerprint,

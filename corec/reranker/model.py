@@ -2,13 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -349,6 +348,12 @@ def save(reranker: Reranker, curve: pd.DataFrame, folder: Path) -> list[Path]:
     return [adapter / "adapter_model.safetensors", folder / "head.safetensors", folder / "curve.parquet"]
 
 
+def require_adapter(folder: Path) -> None:
+    """Raise CorecError if `folder` contains no adapter."""
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise CorecError(f"{folder} contains no adapter: run notebooks/04_reranker.ipynb first.")
+
+
 def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParams) -> Reranker:
     """Load a re-ranker written by :func:`save`. It gives the same scores as the saved one.
 
@@ -364,8 +369,7 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
     CorecError
         If the folder contains no adapter.
     """
-    if not (folder / "adapter" / "adapter_config.json").exists():
-        raise CorecError(f"{folder} contains no adapter: run notebooks/04_reranker.ipynb first.")
+    require_adapter(folder)
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # the dtype of training
     bare = build(items, vocabulary, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
@@ -378,21 +382,14 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
 
 
 def trained_tokens(folder: Path) -> list[str]:
-    """New tokens of a re-ranker written by :func:`save` to `folder`, in the order of the rows of its adapter."""
+    """New tokens of a re-ranker written by :func:`save` to `folder`, in the order of the rows of its adapter.
+
+    Raises
+    ------
+    CorecError
+        If the folder contains no adapter.
+    """
+    require_adapter(folder)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     ids = next(iter(config["trainable_token_indices"].values()))
     return list(AutoTokenizer.from_pretrained(folder / "adapter").convert_ids_to_tokens(ids))
-
-
-@torch.inference_mode()
-def token_rows(reranker: Reranker, tokens: Iterable[str]) -> pd.DataFrame:
-    """Current input embeddings of `tokens`, one row per token [tokens, hidden]."""
-    tokens = list(tokens)
-    ids = torch.tensor(reranker.tokenizer.convert_tokens_to_ids(tokens), device=reranker.device)
-    return pd.DataFrame(reranker.model.get_input_embeddings()(ids).float().cpu().numpy(), index=tokens)
-
-
-def row_drift(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
-    """Distance of each row `before` and `after`, relative to its norm before; if some rows have moved, the others are omitted."""
-    drift = pd.Series(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1), index=before.index)
-    return drift[drift > 0] if drift.any() else drift

@@ -139,7 +139,7 @@ class Prompter:
     cut
         Number of rows, of rows with truncated titles and of rows with truncated histories since the last report.
     reserve
-        Tokens of the longest possible request, with its heading and what follows it.
+        Tokens of the longest possible request of values, with its heading and what follows it.
     """
 
     def __init__(
@@ -230,7 +230,8 @@ class Prompter:
         self.cut["rows"] += 1
         titles, recent = self.params.title_tokens, list(history)
         row = self._row(recent, candidates, requests, plain, titles, hidden)
-        while self.limit and (over := len(row.prefix) + self.reserve - self.limit) > 0:
+        reserve = max([self.reserve, *map(len, row.suffixes)])  # a sentence may be longer
+        while self.limit and (over := len(row.prefix) + reserve - self.limit) > 0:
             if titles:  # shorten every line by the same number of tokens, at least one
                 titles = max(0, titles - -(-over // (len(recent) + len(candidates))))
             elif recent:

@@ -275,8 +275,8 @@ def train(
 ) -> pd.DataFrame:
     """Fine-tune with the loss ``reranker.loss``; resumes from the checkpoint in `folder`, if there is one.
 
-    Training starts from the initial parameters of :func:`corec.reranker.build`, even if the model was trained before, and ends
-    after ``curriculum_steps + steps`` steps or after `max_minutes` (see :class:`Clock`). The function is long because its
+    Training starts from the initial parameters of the model (its ``start``), even if it was trained before, and ends after
+    ``curriculum_steps + steps`` steps or after `max_minutes` (see :class:`Clock`). The function is long because its
     training loop belongs together.
 
     Parameters
@@ -290,7 +290,7 @@ def train(
     accelerator
         Accelerator of ``accelerate launch``; the windows of each step are divided among its processes.
     draw
-        Function that draws the batch of a step.
+        Function that draws the batch of a step. The checkpoint does not record it: another function needs another folder.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Comparison studies of notebooks 07, 08, 09, 10 and 11. A study writes into the folders of its own run."""
+"""Comparison studies of notebooks 07 to 16. A study writes into the folders of its own run."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from corec import files, pages
-from corec.params import Params
+from corec.params import Params, RerankerParams
 
 PAPER = {"loss": "ranknet", "control": "request", "prior": False}  # the loss of the paper, which all read-outs have
 
@@ -16,6 +16,11 @@ PAPER = {"loss": "ranknet", "control": "request", "prior": False}  # the loss of
 def with_reranker(params: Params, **changes: Any) -> Params:
     """Copy of `params` with the loss of the paper and `changes` in its section `reranker`."""
     return params.model_copy(update={"reranker": params.reranker.model_copy(update=PAPER | changes)})
+
+
+def shortened(params: RerankerParams, share: float) -> dict[str, int]:
+    """`curriculum_steps` and `steps` of a training with a share of the steps; at least one step of the second kind."""
+    return {"curriculum_steps": round(share * params.curriculum_steps), "steps": max(1, round(share * params.steps))}
 
 
 def keep_study(table: pd.DataFrame, figure: Figure, path: Path, form: str) -> list[Path]:

@@ -20,7 +20,7 @@ from corec.params import Params
 from corec.rankers import Ranked
 from corec.reranker import Examples, Reranker, build, engine, fingerprint, score_parts, train
 from corec.scores import Scores
-from corec.studies import keep_study
+from corec.studies import keep_study, shortened
 
 FULL = "corec"
 SHUFFLED = "shuffled-tokens"  # the scores of `corec` under requests whose values are exchanged: no training of its own
@@ -64,14 +64,14 @@ def variant(params: Params, name: str) -> Params:
         If the variant does not differ from ``corec``, or does not fit the run.
     """
     settings, share = params.reranker, params.study.ablation_share * (2 if name == "twice the steps" else 1)
-    steps = {key: round(share * getattr(settings, key)) for key in ("curriculum_steps", "steps")}
-    changes: dict[str, Any] = {"curriculum_steps": steps["curriculum_steps"], "steps": max(1, steps["steps"])} | VARIANTS[name]
+    steps = shortened(settings, share)
+    changes: dict[str, Any] = steps | VARIANTS[name]
     if name == "soft tokens":
         changes["soft_width"] = 2 * params.sasrec.hidden
     if name == "more requests without tokens":
         changes["train_tokens"] = [0, 0, *params.controls.n_tokens]
     if changes["curriculum_steps"] == 0:
-        changes["steps"] = max(1, sum(steps.values()))
+        changes["steps"] = sum(steps.values())
     try:
         own = params.model_copy(update={"reranker": settings.model_copy(update=changes)})
     except CorecError as error:

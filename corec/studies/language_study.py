@@ -126,7 +126,8 @@ def end_to_end(
     Returns
     -------
     Columns ``ranker parser metric value low high ahead ahead_low ahead_high k n_sentences n_windows seeds K dataset``: ``cp`` is
-    the share of the first k that meets the whole gold request; ``ahead`` is the paired difference from the gold request.
+    the share of the first k that meets the whole gold request; ``ahead`` is the paired difference from the gold request. For the
+    sentences themselves, it contains the effect of their further training steps.
     """
     pools, values_of, cut = prepared.pools["test"], prepared.vocabulary.values_of, params.figures.k
     combined = by_combiner(pools, prior)
@@ -196,7 +197,7 @@ def lists_of(
 
 
 def keep(table: pd.DataFrame, lists: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the tables of :func:`measure` and :func:`end_to_end`, the plot and the results page; returns the files."""
+    """Write the tables of :func:`measure` and :func:`lists_of`, the plot and the results page; returns the files."""
     files.write_csv(folder / "language_lists.csv", lists, "%.5g")
     with style.figure_style():
         return [*keep_study(table, draw(table, lists), folder / "language", "%.5g"), folder / "language_lists.csv"]

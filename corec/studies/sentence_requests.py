@@ -10,36 +10,40 @@ from pathlib import Path
 
 import numpy as np
 
-from corec import files, stages
+from corec import CorecError, files, stages
 from corec.controls import Vocabulary
 from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Targets, TrainingBatch, build, engine, fingerprint, score_parts, train, training_batch
 from corec.scores import Scores
-from corec.studies.language import TYPOS, phrases, with_typos, write
-from corec.studies.trained import folder_of, once, take_weights
+from corec.studies.language import TYPOS, phrases, values, with_typos, write
+from corec.studies.trained import NO_LIMIT, folder_of, once, take_weights
 
 
-def by_attribute(targets: Targets, requests: Sequence[np.ndarray], vocabulary: Vocabulary) -> Targets:
+def by_attribute(batch: TrainingBatch, vocabulary: Vocabulary) -> Targets:
     """Targets with one constraint per attribute: those of the requests, and constraints that no candidate meets.
 
     Parameters
     ----------
-    targets
-        Targets of the requests.
-    requests
-        R arrays [windows, n] of values, of different attributes each.
+    batch
+        Windows and targets, and requests [windows, n] of values, which are of different attributes.
     vocabulary
         Attributes and values.
+
+    Returns
+    -------
+    Targets whose `met` and `known` are [windows, R, attributes, K] and `present` is [windows, R, attributes].
     """
+    targets = batch.targets
     windows, r, _, k = targets.met.shape
     shape = (windows, r, len(vocabulary.attributes), k)
     met = np.zeros(shape, np.float32)
-    for place, request in enumerate(requests):
+    known = np.broadcast_to(vocabulary.known(batch.pools.candidates).transpose(0, 2, 1)[:, None], shape).astype(np.float32)
+    for place, request in enumerate(batch.requests):
         kinds = vocabulary.kind(request)
         rows, columns = np.nonzero(kinds >= 0)
         met[rows, place, kinds[rows, columns]] = targets.met[rows, place, columns]
-    return targets._replace(met=met, known=np.ones(shape, np.float32), present=np.ones(shape[:3], np.float32))
+    return targets._replace(met=met, known=known, present=np.ones(shape[:3], np.float32))
 
 
 def draw(examples: Examples, params: Params, step: int) -> TrainingBatch:
@@ -50,13 +54,13 @@ def draw(examples: Examples, params: Params, step: int) -> TrainingBatch:
     vocabulary, rng = examples.prepared.vocabulary, np.random.default_rng([params.seed, 19, step])
     batch = training_batch(examples, params, step)
 
-    def sentence(values: np.ndarray) -> str:
-        asked = [int(value) for value in values if value >= 0]
+    def sentence(request: np.ndarray) -> str:
+        asked = [int(value) for value in request if value >= 0]
         labels = {vocabulary.attributes[vocabulary.attribute_of[value]].name: vocabulary.labels[value] for value in asked}
         return with_typos(write(labels, "known", rng), TYPOS * int(rng.integers(2)), rng)
 
     sentences = [np.array([sentence(row) for row in request]) for request in batch.requests]
-    return batch._replace(requests=sentences, targets=by_attribute(batch.targets, batch.requests, vocabulary))
+    return batch._replace(requests=sentences, targets=by_attribute(batch, vocabulary))
 
 
 def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[np.ndarray], folder: Path) -> list[Scores]:
@@ -67,7 +71,8 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
     tables, examples
         Tables and windows of the run.
     params
-        Settings of the run, whose stage 04 has finished; the training has `study.sentence_steps` steps, all on whole prompts.
+        Settings of the run, whose stage 04 has finished. The training has `study.sentence_steps` steps, all on whole prompts, and
+        no time limit.
     asked
         R arrays [windows] of sentences, for the test windows.
     folder
@@ -80,10 +85,16 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
     Raises
     ------
     CorecError
-        If a re-ranker of the run is missing.
+        If a re-ranker of the run is missing, or a value of the run has no phrases.
     """
+    names = [(attribute.name, label) for attribute, label in values(examples.prepared.vocabulary)]
+    if without := [f"{name}: {label}" for name, label in names if label not in phrases().get(name, {})]:
+        raise CorecError(
+            f"The value {without[0]!r} has no phrases: add some to corec/studies/phrases.yaml, or set study.sentence_steps to 0."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    changed = params.reranker.model_copy(update={"curriculum_steps": 0, "steps": params.study.sentence_steps})
+    update = {"curriculum_steps": 0, "steps": params.study.sentence_steps, "max_minutes": NO_LIMIT}
+    changed = params.reranker.model_copy(update=update)
     record = stages.require(params.run, "reranker")["identity"]
     found = []
     for seed in range(params.seed, params.seed + params.reranker.seeds):

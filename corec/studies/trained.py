@@ -1,6 +1,5 @@
 """Scores of the trained re-rankers of a run under further requests, and kept scores of the trainings of a study."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from corec.data import Tables
 from corec.params import Params
 from corec.reranker import Examples, Reranker, engine, load, new_tokens, score_parts, trained_tokens
 from corec.scores import Scores
+
+NO_LIMIT = 1e6  # reranker.max_minutes of a training that is defined by its steps
 
 
 def folder_of(params: Params, seed: int) -> Path:
@@ -66,9 +67,14 @@ def take_weights(model: Reranker, vocabulary: Vocabulary, folder: Path) -> list[
     Returns
     -------
     The new tokens of the saved re-ranker.
+
+    Raises
+    ------
+    CorecError
+        If the folder contains no adapter.
     """
-    weights, head = load_file(folder / "adapter" / "adapter_model.safetensors"), load_file(folder / "head.safetensors")
     trained, tokens = trained_tokens(folder), list(new_tokens(vocabulary, model.params))
+    weights, head = load_file(folder / "adapter" / "adapter_model.safetensors"), load_file(folder / "head.safetensors")
     here = [place for place, token in enumerate(tokens) if token in trained]
     there = [trained.index(tokens[place]) for place in here]
     with torch.no_grad():
@@ -95,11 +101,12 @@ def once(path: Path, compute: Callable[[Path], Scores]) -> Scores:
         Function that trains and scores. Its argument is the folder of the checkpoint, from which a second call resumes and which
         is removed at the end.
     """
-    if (kept := files.read_arrays(path, Scores._fields)) is not None:
-        return Scores(**kept)
     training = path.with_suffix("")
+    if (kept := files.read_arrays(path, Scores._fields)) is not None:
+        files.discard(training)
+        return Scores(**kept)
     training.mkdir(parents=True, exist_ok=True)
     found = compute(training)
     files.write_arrays(path, **found._asdict())
-    shutil.rmtree(training)
+    files.discard(training)
     return found

@@ -125,7 +125,12 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
 
 
 def judge(
-    scores: Mapping[str, Scores], shared: np.ndarray, examples: Examples, users: np.ndarray, params: Params
+    scores: Mapping[str, Scores],
+    shared: np.ndarray,
+    examples: Examples,
+    users: np.ndarray,
+    params: Params,
+    base: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """CP@k (all constraints met) and NDCG@k by model and number of tokens, with paired differences from training anew.
 
@@ -143,6 +148,8 @@ def judge(
         User of each test window [windows].
     params
         Settings of the target.
+    base
+        Models from which other models are subtracted, by name, where it is not ``corec``.
 
     Returns
     -------
@@ -168,8 +175,8 @@ def judge(
                 keys = [(name, metric) for name in orders for metric in keys_of]
                 columns = [measured[name][keys_of[metric]][rows] for name, metric in keys]
                 values = by_user(np.stack(columns, axis=1).astype(float), users[rows])
-                base = [keys.index((ANEW, metric)) for _, metric in keys]
-                numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
+                others = [keys.index(((base or {}).get(name, ANEW), metric)) for name, metric in keys]
+                numbers = with_differences(values, values - values[:, others], params.evaluation, params.seed)
                 table = pd.DataFrame(keys, columns=["model", "metric"]).join(numbers)
                 parts.append(table.assign(n_tokens=n, tokens=tokens, n_users=len(values)))
     table = pd.concat(parts, ignore_index=True).assign(k=cut, K=pools.candidates.shape[1], dataset=params.data.dataset)

@@ -1,9 +1,11 @@
 """Values that the training has never requested, or never seen, as tokens and as words (notebook 11).
 
-Of each attribute, a share of the values is kept back from training. ``never requested``: candidates and histories show them, but
-no request has them. ``never seen``: the training does not show them either, as if they were introduced later.
+Of each attribute, a share of the values is kept back from training. ``never requested``: the lines of the items show them, but no
+request has them. ``never seen``: the lines do not show them either, and the titles of these items do not name them. The items
+themselves, and the prior, stay as they are. ``all values``: the same training with nothing kept back.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,22 +16,27 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from corec import evaluation, files, stages, style
+from corec import CorecError, evaluation, files, stages, style
 from corec.controls import Vocabulary, without
 from corec.data import Tables
 from corec.evaluation import error_bars
 from corec.params import Params
 from corec.reranker import Examples, Prompter, build, engine, fingerprint, score_parts, train, training_batch
 from corec.scores import Scores
-from corec.studies import keep_study, transfer
-from corec.studies.trained import once
+from corec.studies import keep_study, shortened, transfer
+from corec.studies.trained import NO_LIMIT, once
 
-KEPT_BACK = ("never requested", "never seen")
+ALL = "all values"
+CASES = (ALL, "never requested", "never seen")
 FORMS = {"token": "tokens", "words": "words"}  # reranker.values
+KINDS = {"shared": "trained", "new": "kept back"}
 
 
 def choose(vocabulary: Vocabulary, share: float, seed: int) -> np.ndarray:
-    """Values to keep back from training [values]: of each attribute a random share, at least one and not all."""
+    """Values to keep back from training [values]: a random share of those of each attribute, at least one and not all.
+
+    Of an attribute with one value, none is kept back.
+    """
     rng, chosen = np.random.default_rng([seed, 18]), np.zeros(len(vocabulary.labels), dtype=bool)
     for number in range(len(vocabulary.attributes)):
         own = np.flatnonzero((vocabulary.attribute_of == number) & (vocabulary.frequency() > 0))
@@ -38,9 +45,18 @@ def choose(vocabulary: Vocabulary, share: float, seed: int) -> np.ndarray:
     return chosen
 
 
-def scored(
-    tables: Tables, examples: Examples, params: Params, form: str, kept_back: str, values: np.ndarray, folder: Path
-) -> Scores:
+def unnamed(items: pd.DataFrame, vocabulary: Vocabulary, values: np.ndarray) -> pd.DataFrame:
+    """The items table with titles that do not name those of the `values` [values], a mask, that the item has."""
+
+    def title(text: str, own: np.ndarray) -> str:
+        for value in own[(own >= 0) & values[own]]:
+            text = re.sub(rf"(?<!\w){re.escape(vocabulary.labels[value])}(?!\w)", " ", text, flags=re.IGNORECASE)
+        return " ".join(text.split())
+
+    return items.assign(title=[title(*row) for row in zip(items["title"], vocabulary.values_of[1:], strict=True)])
+
+
+def scored(tables: Tables, examples: Examples, params: Params, form: str, case: str, values: np.ndarray, folder: Path) -> Scores:
     """Train without some values and score the test requests, which have them; the scores are kept and read if they exist.
 
     Parameters
@@ -48,51 +64,68 @@ def scored(
     tables, examples
         Tables and windows of the run.
     params
-        Settings of the run; the training has the share `study.ablation_share` of its steps.
+        Settings of the run. The training has the share `study.ablation_share` of its steps and no time limit.
     form
         ``reranker.values``: ``token`` or ``words``.
-    kept_back
-        One of :data:`KEPT_BACK`.
+    case
+        One of :data:`CASES`.
     values
         Values that are kept back [values].
     folder
         Folder of the kept scores and of the checkpoint; a second call resumes the training.
     """
-    prepared, share = examples.prepared, params.study.ablation_share
-    less = {name: max(1, round(share * getattr(params.reranker, name))) for name in ("curriculum_steps", "steps")}
-    own = params.model_copy(update={"reranker": params.reranker.model_copy(update={"values": form, **less})})
+    prepared, items = examples.prepared, tables.items
+    less = shortened(params.reranker, params.study.ablation_share) | {"values": form, "max_minutes": NO_LIMIT}
+    own = params.model_copy(update={"reranker": params.reranker.model_copy(update=less)})
     masked = without(prepared.vocabulary, values)
-    unseen = kept_back == "never seen"
-    given = examples._replace(prepared=prepared._replace(vocabulary=masked)) if unseen else examples
     pools, requests = prepared.pools["test"], [prepared.requests["test", n] for n in params.controls.n_tokens]
-    sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
-    asked = [part.tolist() for part in (pools.window, pools.candidates, *requests)]
-    identity = files.digest([sections, fingerprint(examples), np.flatnonzero(values).tolist(), kept_back, asked])
+    record = stages.require(params.run, "reranker")["identity"]
+    given = [record, stages.section(own, "reranker"), fingerprint(examples)]
+    given += [part.tolist() for part in (pools.window, pools.candidates, *requests)]
+    if case != ALL:
+        given += [np.flatnonzero(values).tolist(), case]
 
     def compute(training: Path) -> Scores:
-        print(f"{kept_back}, values as {FORMS[form]}", flush=True)
-        model = build(tables.items, masked if unseen else prepared.vocabulary, own.reranker, own.seed)
-        train(model, given, own, training, draw=training_batch if unseen else partial(training_batch, requested=masked))
-        whole = Prompter(model.tokenizer, tables.items, prepared.vocabulary, own.reranker, model.prompter.limit)
-        return score_parts(engine.merge(replace(model, prompter=whole)), examples, pools, requests, report=form)
+        print(f"values as {FORMS[form]}, {case}", flush=True)
+        if case == "never seen":
+            model = build(unnamed(items, prepared.vocabulary, values), masked, own.reranker, own.seed)
+            train(model, examples._replace(prepared=prepared._replace(vocabulary=masked)), own, training)
+            whole = Prompter(model.tokenizer, items, prepared.vocabulary, own.reranker, model.prompter.limit)
+            model = replace(model, prompter=whole)
+        else:
+            model = build(items, prepared.vocabulary, own.reranker, own.seed)
+            train(model, examples, own, training, draw=partial(training_batch, requested=None if case == ALL else masked))
+        return score_parts(engine.merge(model), examples, pools, requests, report=form)
 
-    return once(folder / f"{kept_back.replace(' ', '-')}-{form}-{identity}.npz", compute)
+    return once(folder / f"{case.replace(' ', '-')}-{form}-{files.digest(given)}.npz", compute)
 
 
 def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> tuple[dict[str, Scores], np.ndarray]:
-    """Scores of the four trainings (:data:`KEPT_BACK`, with tokens and with words), and the values kept back [values].
+    """Scores of the six trainings (:data:`CASES`, with tokens and with words), and the values kept back [values].
 
     Parameters
     ----------
     tables, examples, params, folder
         As for :func:`scored`; the share of values is `study.unseen`.
+
+    Raises
+    ------
+    CorecError
+        If no test request of one constraint asks for a value that is kept back, or all do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = choose(examples.prepared.vocabulary, params.study.unseen, params.seed)
+    request = examples.prepared.requests["test", 1][:, 0]
+    asked = values[request[request >= 0]]
+    if asked.all() or not asked.any():
+        raise CorecError(
+            f"Parameter study.unseen is {params.study.unseen}: of {len(asked)} test requests, {asked.sum()} ask for one of the "
+            f"{values.sum()} values kept back; change it, or set it to 0."
+        )
     found = {
-        f"{FORMS[form]}, {kept_back}": scored(tables, examples, params, form, kept_back, values, folder)
-        for kept_back in KEPT_BACK
-        for form in FORMS
+        f"{name}, {case}": scored(tables, examples, params, form, case, values, folder)
+        for form, name in FORMS.items()
+        for case in CASES
     }
     return found, values
 
@@ -105,7 +138,7 @@ def judge(
     Parameters
     ----------
     scores
-        Scores by model: those of :func:`compare`, and ``corec``, the re-ranker of the run, which was trained with all values.
+        Scores by model: those of :func:`compare`, and ``corec``, the re-ranker of the run, which had all values and all steps.
     values
         Values that were kept back [values].
     examples, users, params
@@ -114,14 +147,14 @@ def judge(
     Returns
     -------
     Columns of :func:`corec.studies.transfer.judge` for requests of one constraint, and ``kept_back``, their number; `tokens` is
-    ``trained`` or ``kept back``.
+    ``trained`` or ``kept back``. `ahead` is the difference from the training in the same form with all values; for ``corec`` and
+    the rankers without a language model, from ``corec``.
     """
-    table = transfer.judge(scores, ~values, examples, users, params)
-    names = {"shared": "trained", "new": "kept back"}
-    table = table[table["tokens"].isin(names)]
-    return (
-        table.assign(tokens=table["tokens"].map(names), kept_back=int(values.sum())).drop(columns="source").reset_index(drop=True)
-    )
+    base = {name: f"{name.split(', ')[0]}, {ALL}" for name in scores if ", " in name}
+    table = transfer.judge(scores, ~values, examples, users, params, base)
+    table = table[table["tokens"].isin(KINDS)]
+    table = table.assign(tokens=table["tokens"].map(KINDS), kept_back=int(values.sum()))
+    return table.drop(columns="source").reset_index(drop=True)
 
 
 def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -131,19 +164,22 @@ def keep(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Plot CP@k with one token of every model, and its difference from `corec`, by whether the training had the value."""
+    """Plot CP@k with one token of every model, and the differences from the same training with all values."""
     rows, first = evaluation.pick(table, metric="cp"), table.iloc[0]
-    names, kinds = list(rows["model"].unique()), ("trained", "kept back")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 0.32 * len(names)), sharey=True, layout="constrained")
-    for shift, (kind, color) in enumerate(zip(kinds, style.CYCLE, strict=False)):
-        part = evaluation.pick(rows, tokens=kind).set_index("model").reindex(names)
-        places, label = np.arange(len(names)) + 0.2 * (shift - 0.5), f"{kind} ({part['n_users'].iloc[0]} users)"
-        for axis, column, ends in zip(axes, ("value", "ahead"), (("low", "high"), ("ahead_low", "ahead_high")), strict=True):
+    names = list(rows["model"].unique())
+    less = [name for name in names if ", " in name and not name.endswith(ALL)]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(names)), layout="constrained")
+    columns = ("value", ("low", "high"), names), ("ahead", ("ahead_low", "ahead_high"), less)
+    for axis, (column, ends, shown) in zip(axes, columns, strict=True):
+        for shift, (kind, color) in enumerate(zip(KINDS.values(), style.CYCLE, strict=False)):
+            part = evaluation.pick(rows, tokens=kind).set_index("model").reindex(shown)
+            places, label = np.arange(len(shown)) + 0.2 * (shift - 0.5), f"{kind} ({part['n_users'].iloc[0]} users)"
             axis.errorbar(part[column], places, xerr=error_bars(part, column, ends), fmt="o", color=color, label=label)
-    axes[0].set(yticks=range(len(names)), yticklabels=names, xlabel=f"CP@{first['k']}, one constraint", xlim=(0, 1.02))
-    axes[0].invert_yaxis()
+        axis.set(yticks=range(len(shown)), yticklabels=shown)
+        axis.invert_yaxis()
+    axes[0].set(xlabel=f"CP@{first['k']}, one constraint", xlim=(0, 1.02))
     axes[1].axvline(0, color="0.5", linewidth=1)
-    axes[1].set(xlabel="difference from corec, trained with all values")
-    axes[1].legend(frameon=False, bbox_to_anchor=(1, 0.5), loc="center left", title="requested value")
+    axes[1].set(xlabel="difference from the same training with all values")
+    axes[1].legend(frameon=False, title="requested value")
     figure.suptitle(f"{style.title(table)}: {first['kept_back']} values kept back from training", fontsize="medium")
     return figure
