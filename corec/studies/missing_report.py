@@ -38,10 +38,11 @@ def draw(table: pd.DataFrame) -> Figure:
     table
         Result of :func:`corec.studies.missing.tabulate`, of one or several runs, each of which has a block of panels.
     """
-    runs, cut, noisy = list(table["run"].unique()), table["k"].iloc[0], bool((table["wrong"] > 0).any())
+    runs, cut = list(table["run"].unique()), table["k"].iloc[0]
     figure = plt.figure(figsize=(10, 7 * len(runs)), layout="constrained")
     for block, run in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
         row = block.subplots(2, 2).ravel()
+        noisy = bool((pick(table, run=run)["wrong"] > 0).any())
         row[3].set_visible(noisy)
         part = with_best(pick(table, run=run, metric="cp"))
         single, whole = pick(part, n_tokens=1, attribute="all"), pick(part, wrong=0)
