@@ -1,5 +1,6 @@
 """Parsers that turn a sentence into constraints: patterns, embeddings, and a language model with constrained decoding."""
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from transformers import DynamicCache
 
 from corec import backbones, machine
 from corec.controls import Vocabulary
@@ -143,8 +145,9 @@ class Nearest:
 class Constrained:
     """Parser by a language model that can only generate the values of the scheme.
 
-    The prompt has a few labelled sentences. After the sentence, the model writes one line for each attribute: its name, which is
-    given, and one of the labels or ``any``. At each step, all tokens but those that continue such a label are masked.
+    The prompt has a few labelled sentences; its keys and values are computed once. After the sentence, the model writes one line
+    for each attribute: its name, which is given, and one of the labels or ``any``. At each step, all tokens but those that
+    continue such a label are masked.
 
     Parameters
     ----------
@@ -165,7 +168,10 @@ class Constrained:
             for attribute in vocabulary.attributes
         }
         shots = [f"Request: {part.text}\n" + "".join(self.lines(part.request)) for part in examples]
-        self.prompt = "\n".join(["The constraints of each request:\n", *shots, ""])
+        self.prompt = self.ids("\n".join(["The constraints of each request:\n", *shots, ""]))
+        with torch.inference_mode():
+            prompt = torch.tensor([self.prompt], device=self.model.device)
+            self.cache = self.model(prompt, past_key_values=DynamicCache(), use_cache=True).past_key_values
         self.heads = {name: self.ids(f"{name}:") for name in self.options}
         self.bodies = {name: [self.ids(f" {label}\n") for label in labels] for name, labels in self.options.items()}
 
@@ -208,12 +214,17 @@ class Constrained:
         longest = sum(len(self.heads[name]) + max(map(len, self.bodies[name])) for name in self.options)
         found = []
         for start in range(0, len(texts), batch):
-            prompts = [f"{self.prompt}Request: {text}\n" for text in texts[start : start + batch]]
-            inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.model.device)
-            width = inputs["input_ids"].shape[1]
+            requests = [f"Request: {text}\n" for text in texts[start : start + batch]]
+            inputs = self.tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(self.model.device)
+            prompt = torch.tensor(self.prompt, device=self.model.device).expand(len(requests), -1)
+            ids = torch.cat([prompt, inputs["input_ids"]], dim=1)  # padding between the prompt and the request is masked
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(len(requests))
+            width = ids.shape[1]
             written = self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=ids,
+                attention_mask=torch.cat([torch.ones_like(prompt), inputs["attention_mask"]], dim=1),
+                past_key_values=cache,
                 do_sample=False,
                 max_new_tokens=longest,
                 prefix_allowed_tokens_fn=lambda _, ids, width=width: self.allowed(ids[width:].tolist()),
