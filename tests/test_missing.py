@@ -270,9 +270,9 @@ def test_the_threshold_is_the_smallest_share_from_which_on_the_difference_is_abo
         ahead=lambda part: part["ahead_low"] + 0.05, ahead_high=1.0, best="tf-idf",
     )  # fmt: skip
     found = missing_report.thresholds(table).iloc[0]
-    assert found["from"] == 0.75 and found["difference"] == pytest.approx(0.07)
+    assert found["from"] == 0.75 and found["difference"] == pytest.approx(0.07) and found["above"] == "25%, 75%, 90%"
     never = missing_report.thresholds(table.assign(ahead_low=-1.0)).iloc[0]
-    assert pd.isna(never["from"]) and never["difference"] == pytest.approx(0.08)
+    assert pd.isna(never["from"]) and never["difference"] == pytest.approx(0.08) and never["above"] == ""
 
 
 @pytest.mark.parametrize(

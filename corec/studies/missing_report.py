@@ -76,7 +76,7 @@ def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str 
 
 
 def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-dropout") -> pd.DataFrame:
-    """Share of missing values from which on a ranker has a higher CP than the rule with the best imputer.
+    """Shares of missing values at which a ranker has a higher CP than the rule with the best imputer.
 
     Parameters
     ----------
@@ -87,9 +87,9 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
 
     Returns
     -------
-    Columns ``run attribute n_tokens from difference low high best``. `from` is the smallest share such that the interval of the
-    difference is above 0 at this share and all larger ones. If it is empty, there is none, and the numbers are those of the
-    largest share.
+    Columns ``run attribute n_tokens above from difference low high best``. `above` lists the shares at which the interval of the
+    difference is above 0. `from` is the smallest share such that it is above 0 at this share and all larger ones. If `from` is
+    empty, there is none, and the numbers are those of the largest share.
     """
     rows = pick(table, model=model, imputer=imputer, metric="cp", wrong=0)
     found = []
@@ -98,8 +98,9 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
         above = part[(part["ahead_low"] > 0).cummin()]
         row = above.iloc[-1] if len(above) else part.iloc[0]
         share = row["missing"] if len(above) else None
-        found.append((run, attribute, n, share, row["ahead"], row["ahead_low"], row["ahead_high"], row["best"]))
-    return pd.DataFrame(found, columns="run attribute n_tokens from difference low high best".split())
+        places = ", ".join(f"{value:.0%}" for value in sorted(part.loc[part["ahead_low"] > 0, "missing"]))
+        found.append((run, attribute, n, places, share, row["ahead"], row["ahead_low"], row["ahead_high"], row["best"]))
+    return pd.DataFrame(found, columns="run attribute n_tokens above from difference low high best".split())
 
 
 def keep(table: pd.DataFrame, guesses: pd.DataFrame, folder: Path) -> list[Path]:
