@@ -271,7 +271,7 @@ def train(
     folder: Path | None,
     stop_after: int | None = None,
     accelerator: Accelerator | None = None,
-    draw: Callable[[Examples, Params, int], TrainingBatch] = training_batch,
+    draw: Callable[[Examples, Params, int], TrainingBatch] | None = None,
 ) -> pd.DataFrame:
     """Fine-tune with the loss ``reranker.loss``; resumes from the checkpoint in `folder`, if there is one.
 
@@ -290,7 +290,7 @@ def train(
     accelerator
         Accelerator of ``accelerate launch``; the windows of each step are divided among its processes.
     draw
-        Function that draws the batch of a step. The checkpoint does not record it: another function needs another folder.
+        Function that draws the batch of a step; None for :func:`training_batch`. The checkpoint does not record it: another function needs another folder.
 
     Returns
     -------
@@ -337,7 +337,7 @@ def train(
         step = len(rows)
         reranker.model.train()
         torch.manual_seed(params.seed * 1_000_003 + step + (accelerator.process_index << 32))
-        batch = draw(examples, params, step)
+        batch = (draw or training_batch)(examples, params, step)
         part = devices.share(len(batch.pools.window), accelerator.process_index, accelerator.num_processes)
         pools = batch.pools.take(np.arange(len(batch.pools.window))[part])
         hidden = None if batch.hidden is None else batch.hidden[part]
