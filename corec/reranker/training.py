@@ -290,7 +290,8 @@ def train(
     accelerator
         Accelerator of ``accelerate launch``; the windows of each step are divided among its processes.
     draw
-        Function that draws the batch of a step; None for :func:`training_batch`. The checkpoint does not record it: another function needs another folder.
+        Function that draws the batch of a step; None for :func:`training_batch`. The checkpoint does not record it: another
+        function needs another folder.
 
     Returns
     -------
