@@ -23,6 +23,10 @@ class Scores(NamedTuple):
         """Select windows."""
         return Scores(*(part[rows] for part in self))
 
+    def under(self, requests: slice) -> "Scores":
+        """Select requests."""
+        return Scores(*(part[:, requests] for part in self))
+
     def total(self, strength: float = 1.0) -> np.ndarray:
         """Scores [windows, R, K] with the control term weighted by `strength`."""
         return self.prior + self.relevance + np.float32(strength) * self.control

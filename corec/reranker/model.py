@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -354,6 +355,12 @@ def require_adapter(folder: Path) -> None:
         raise CorecError(f"{folder} contains no adapter: run notebooks/04_reranker.ipynb first.")
 
 
+def saved_dtype(folder: Path) -> str:
+    """Name of the dtype in which the adapter in `folder` was trained, such as ``bfloat16``."""
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as weights:
+        return str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
+
+
 def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: RerankerParams) -> Reranker:
     """Load a re-ranker written by :func:`save`. It gives the same scores as the saved one.
 
@@ -370,9 +377,7 @@ def load(folder: Path, items: pd.DataFrame, vocabulary: Vocabulary, params: Rera
         If the folder contains no adapter.
     """
     require_adapter(folder)
-    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # the dtype of training
-    bare = build(items, vocabulary, params.model_copy(update={"dtype": dtype}), seed=0, adapted=False)
+    bare = build(items, vocabulary, params.model_copy(update={"dtype": saved_dtype(folder)}), seed=0, adapted=False)
     with quiet_peft():
         model = PeftModel.from_pretrained(bare.model, str(folder / "adapter"), autocast_adapter_dtype=False)
     bare.head.load_state_dict(load_file(folder / "head.safetensors"))

@@ -267,4 +267,4 @@ def score_split(
     else:
         print(f"{label}: all {len(pools.window)} windows were scored in shards", flush=True)
     parts = [slice(place * len(lengths), (place + 1) * len(lengths)) for place in range(len(asked))]
-    return {name: Scores(*(values[:, part] for values in found)) for name, part in zip(asked, parts, strict=True)}
+    return {name: found.under(part) for name, part in zip(asked, parts, strict=True)}

@@ -188,8 +188,8 @@ def lists_of(
     found, start = [], 0
     for number, (name, (requests, places)) in enumerate(chosen.items()):
         end = start + len(requests)
-        own = [Scores(*(values[:, start:end] for values in part)) for part in scores]
-        whole = [Scores(*(values[:, [number]] for values in part)) for part in direct]
+        own = [part.under(slice(start, end)) for part in scores]
+        whole = [part.under(slice(number, number + 1)) for part in direct]
         table = end_to_end(requests, own, prepared, priors["test"], places, params, whole)
         found.append(table.assign(set=name))
         start = end

@@ -22,7 +22,7 @@ from corec.rankers import boost, by_combiner
 from corec.reranker import build, engine, fingerprint, load_examples, score_parts, train
 from corec.scores import Scores
 from corec.studies import imputers
-from corec.studies.trained import once
+from corec.studies.trained import scores_once
 
 DROPOUT = "corec-dropout"
 MODELS = ("corec", DROPOUT)
@@ -172,7 +172,7 @@ def scores_of(model: str, case: Case, tables: Tables, prepared: Prepared, params
         train(trained, examples, own, training)
         return score_parts(engine.merge(trained), examples, pools, requests, report=model)
 
-    return once(folder / name, compute)
+    return scores_once(folder / name, compute)
 
 
 def rankings(

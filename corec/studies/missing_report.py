@@ -95,10 +95,11 @@ def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-d
     found = []
     for (run, attribute, n), part in rows.groupby(["run", "attribute", "n_tokens"], sort=False):
         part = part.sort_values("missing", ascending=False)
-        above = part[(part["ahead_low"] > 0).cummin()]
+        better = part["ahead_low"] > 0
+        above = part[better.cummin()]
         row = above.iloc[-1] if len(above) else part.iloc[0]
         share = row["missing"] if len(above) else None
-        places = ", ".join(f"{value:.0%}" for value in sorted(part.loc[part["ahead_low"] > 0, "missing"]))
+        places = ", ".join(f"{value:.0%}" for value in part.loc[better, "missing"][::-1])
         found.append((run, attribute, n, places, share, row["ahead"], row["ahead_low"], row["ahead_high"], row["best"]))
     return pd.DataFrame(found, columns="run attribute n_tokens above from difference low high best".split())
 

@@ -35,7 +35,7 @@ from corec.reranker import (
 )
 from corec.scores import Scores
 from corec.studies import keep_study
-from corec.studies.trained import load_seed
+from corec.studies.trained import load_seed, once
 
 CONTRAST = "corec, contrast"
 ALONE = "corec, constraints alone"
@@ -136,7 +136,7 @@ def scored(model: Reranker, examples: Examples, params: Params, label: str, alon
     whole = [prepared.requests["test", n] for n in lengths]
     single = [part[:, [place]] for part in whole if part.shape[1] > 1 for place in range(part.shape[1])] if alone else []
     found = score_parts(model, examples, pools, [*whole, *single], f"{label}, test")
-    test = Scores(*(part[:, : len(lengths)] for part in found))
+    test = found.under(slice(len(lengths)))
     sums, place = {}, len(lengths)
     for number, part in enumerate(whole):
         n = part.shape[1]
@@ -165,22 +165,21 @@ def contrasted(tables: Tables, examples: Examples, params: Params, weight: float
     sections = [stages.section(own, stage) for stage in ("data", "sasrec", "controls", "reranker")]
     path = folder / f"contrast-{weight:g}-{seed}-{files.digest([sections, fingerprint(examples)])}.npz"
     names = [f"{split}_{name}" for split in ("test", "valid") for name in Scores._fields]
-    if (kept := files.read_arrays(path, [*names, "cosines"])) is not None:
-        parts = [Scores(*(kept[f"{split}_{name}"] for name in Scores._fields)) for split in ("test", "valid")]
-        frame = pd.DataFrame(kept["cosines"], columns=["of", "n_tokens", "same", "other"])
-        frame["of"] = [OF[int(place)] for place in frame["of"]]
-        return Trained(parts[0], parts[1], frame.astype({"n_tokens": int}))
-    print(f"row_contrast {weight:g}, seed {seed}", flush=True)
-    training = folder / "training"
-    training.mkdir(parents=True, exist_ok=True)
-    model = build(tables.items, examples.prepared.vocabulary, own.reranker, seed)
-    train(model, examples, own, training)
-    found = scored(model, examples, params, f"row_contrast {weight:g}")
-    arrays = {f"{split}_{name}": part for split in ("test", "valid") for name, part in getattr(found, split)._asdict().items()}
-    numbers = found.cosines.assign(of=[OF.index(name) for name in found.cosines["of"]]).to_numpy(float)
-    files.write_arrays(path, **arrays, cosines=numbers)
-    (training / "checkpoint.pt").unlink(missing_ok=True)
-    return found
+
+    def compute(training: Path) -> dict[str, np.ndarray]:
+        print(f"row_contrast {weight:g}, seed {seed}", flush=True)
+        model = build(tables.items, examples.prepared.vocabulary, own.reranker, seed)
+        train(model, examples, own, training)
+        found = scored(model, examples, params, f"row_contrast {weight:g}")
+        parts = {"test": found.test, "valid": found.valid}
+        arrays = {f"{split}_{name}": part for split, each in parts.items() for name, part in each._asdict().items()}
+        return arrays | {"cosines": found.cosines.assign(of=[OF.index(name) for name in found.cosines["of"]]).to_numpy(float)}
+
+    kept = once(path, [*names, "cosines"], compute)
+    parts = [Scores(*(kept[f"{split}_{name}"] for name in Scores._fields)) for split in ("test", "valid")]
+    frame = pd.DataFrame(kept["cosines"], columns=["of", "n_tokens", "same", "other"])
+    frame["of"] = [OF[int(place)] for place in frame["of"]]
+    return Trained(parts[0], parts[1], frame.astype({"n_tokens": int}))
 
 
 def validation(found: Trained, examples: Examples, params: Params) -> float:

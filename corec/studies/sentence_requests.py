@@ -17,7 +17,7 @@ from corec.params import Params
 from corec.reranker import Examples, Targets, TrainingBatch, build, engine, fingerprint, score_parts, train, training_batch
 from corec.scores import Scores
 from corec.studies.language import TYPOS, phrases, values, with_typos, write
-from corec.studies.trained import NO_LIMIT, folder_of, once, take_weights
+from corec.studies.trained import NO_LIMIT, folder_of, scores_once, seeds_of, take_weights
 
 
 def by_attribute(batch: TrainingBatch, vocabulary: Vocabulary) -> Targets:
@@ -95,12 +95,11 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
     folder.mkdir(parents=True, exist_ok=True)
     update = {"curriculum_steps": 0, "steps": params.study.sentence_steps, "max_minutes": NO_LIMIT}
     changed = params.reranker.model_copy(update=update)
-    record = stages.require(params.run, "reranker")["identity"]
-    found = []
-    for seed in range(params.seed, params.seed + params.reranker.seeds):
+    record, texts = stages.require(params.run, "reranker")["identity"], [part.tolist() for part in asked]
+    given, found = [fingerprint(examples), record, phrases(), texts], []
+    for seed in seeds_of(params):
         own = params.model_copy(update={"reranker": changed, "seed": seed})
-        texts = [part.tolist() for part in asked]
-        identity = files.digest([stages.section(own, "reranker"), fingerprint(examples), record, phrases(), texts])
+        identity = files.digest([stages.section(own, "reranker"), *given])
 
         def compute(training: Path, own: Params = own) -> Scores:
             print(f"sentences as requests, seed {own.seed}", flush=True)
@@ -109,5 +108,5 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
             train(model, examples, own, training, draw=draw)
             return score_parts(engine.merge(model), examples, examples.prepared.pools["test"], asked, "sentences")
 
-        found.append(once(folder / f"sentences-{seed}-{identity}.npz", compute))
+        found.append(scores_once(folder / f"sentences-{seed}-{identity}.npz", compute))
     return found

@@ -1,6 +1,6 @@
 """Scores of the trained re-rankers of a run under further requests, and kept scores of the trainings of a study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,11 @@ from corec.reranker import Examples, Reranker, engine, load, new_tokens, score_p
 from corec.scores import Scores
 
 NO_LIMIT = 1e6  # reranker.max_minutes of a training that is defined by its steps
+
+
+def seeds_of(params: Params) -> range:
+    """Seeds of the `reranker.seeds` trained re-rankers of the run."""
+    return range(params.seed, params.seed + params.reranker.seeds)
 
 
 def folder_of(params: Params, seed: int) -> Path:
@@ -52,7 +57,7 @@ def score_all(tables: Tables, examples: Examples, params: Params, requests: Sequ
         If a re-ranker of the run is missing.
     """
     scores = []
-    for seed in range(params.seed, params.seed + params.reranker.seeds):
+    for seed in seeds_of(params):
         model = engine.merge(load_seed(tables, examples, params, seed))
         scores.append(score_parts(model, examples, examples.prepared.pools["test"], requests, f"seed {seed}"))
     return scores
@@ -90,23 +95,30 @@ def take_weights(model: Reranker, vocabulary: Vocabulary, folder: Path) -> list[
     return trained
 
 
-def once(path: Path, compute: Callable[[Path], Scores]) -> Scores:
-    """Scores that are kept at `path`, or else those of `compute`, which are then kept there.
+def once(path: Path, names: Sequence[str], compute: Callable[[Path], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Arrays that are kept at `path`, or else those of `compute`, which are then kept there.
 
     Parameters
     ----------
     path
         File, ``.npz``.
+    names
+        Names of the arrays.
     compute
         Function that trains and scores. Its argument is the folder of the checkpoint, from which a second call resumes and which
         is removed at the end.
     """
     training = path.with_suffix("")
-    if (kept := files.read_arrays(path, Scores._fields)) is not None:
+    if (kept := files.read_arrays(path, names)) is not None:
         files.discard(training)
-        return Scores(**kept)
+        return kept
     training.mkdir(parents=True, exist_ok=True)
     found = compute(training)
-    files.write_arrays(path, **found._asdict())
+    files.write_arrays(path, **found)
     files.discard(training)
     return found
+
+
+def scores_once(path: Path, compute: Callable[[Path], Scores]) -> Scores:
+    """Scores that are kept at `path`, or else those of `compute` (see :func:`once`)."""
+    return Scores(**once(path, Scores._fields, lambda training: compute(training)._asdict()))

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 
 from corec import CorecError, evaluation, paths, rankers, stages, style
 from corec.controls import Prepared
@@ -16,7 +15,7 @@ from corec.data import Tables
 from corec.evaluation import error_bars, order_by
 from corec.intervals import by_user, with_differences
 from corec.params import Params, RerankerParams
-from corec.reranker import Examples, Reranker, build, engine, score_parts, train, value_token
+from corec.reranker import Examples, Reranker, build, engine, saved_dtype, score_parts, train, value_token
 from corec.scores import Scores
 from corec.studies import keep_study
 from corec.studies.trained import take_weights
@@ -69,8 +68,7 @@ def transfer(tables: Tables, prepared: Prepared, params: Params) -> Transferred:
     """
     own = settings(params)
     folder = paths.stage_dir(params.study.source or params.run, "reranker")
-    dtype = str(next(iter(load_file(folder / "adapter" / "adapter_model.safetensors").values())).dtype).removeprefix("torch.")
-    own = own.model_copy(update={"reranker": own.reranker.model_copy(update={"dtype": dtype})})
+    own = own.model_copy(update={"reranker": own.reranker.model_copy(update={"dtype": saved_dtype(folder)})})
     model = build(tables.items, prepared.vocabulary, own.reranker, params.seed)
     trained = take_weights(model, prepared.vocabulary, folder)
     words = own.reranker.values == "words"

@@ -24,7 +24,7 @@ from corec.params import Params
 from corec.reranker import Examples, Prompter, build, engine, fingerprint, score_parts, train, training_batch
 from corec.scores import Scores
 from corec.studies import keep_study, shortened, transfer
-from corec.studies.trained import NO_LIMIT, once
+from corec.studies.trained import NO_LIMIT, scores_once
 
 ALL = "all values"
 CASES = (ALL, "never requested", "never seen")
@@ -97,7 +97,7 @@ def scored(tables: Tables, examples: Examples, params: Params, form: str, case: 
             train(model, examples, own, training, draw=partial(training_batch, requested=None if case == ALL else masked))
         return score_parts(engine.merge(model), examples, pools, requests, report=form)
 
-    return once(folder / f"{case.replace(' ', '-')}-{form}-{files.digest(given)}.npz", compute)
+    return scores_once(folder / f"{case.replace(' ', '-')}-{form}-{files.digest(given)}.npz", compute)
 
 
 def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> tuple[dict[str, Scores], np.ndarray]:
