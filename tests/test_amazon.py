@@ -243,7 +243,9 @@ def test_a_file_cut_short_is_used_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<html><body>404</body></html>", gzip.compress(b"a,b\n1,2\n"), b"PK\x03\x04" + bytes(500)]
+    "content",
+    [b"", b"<html><body>404</body></html>", gzip.compress(b"a,b\n1,2\n"), b"PK\x03\x04" + bytes(500)],
+    ids=["empty", "page", "table", "archive"],
 )
 def test_a_file_of_another_format_is_fatal(tmp_path: Path, content: bytes) -> None:
     params = write(tmp_path / "raw", [review()], [item()])
