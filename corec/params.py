@@ -329,7 +329,9 @@ class StudyParams(Model):
     # 14: parsers of free text (corec.studies.parsers), and number of labelled sentences in each template set
     parsers: list[Literal["grammar", "nearest", "model"]] = Field(["grammar", "nearest", "model"], min_length=1)
     sentences: int = Field(200, ge=20)
-    sentence_steps: int = Field(80, ge=0)  # 14: steps of the training on sentences as requests; 0 omits it
+    # 14: training on sentences as requests: steps on plain prompts, then on whole ones; 0 whole steps omit it
+    sentence_plain_steps: int = Field(240, ge=0)
+    sentence_steps: int = Field(60, ge=0)
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
 
 

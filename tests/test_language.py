@@ -227,15 +227,19 @@ def test_training_on_sentences_starts_from_the_run_and_is_kept(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own = with_prior(world, lr=1e-5, lr_head=1e-5, lr_rows=1e-5)
-    own = own.model_copy(update={"study": StudyParams(sentence_steps=2), "run": "tried"})
+    own = own.model_copy(update={"study": StudyParams(sentence_plain_steps=1, sentence_steps=1), "run": "tried"})
     model = trained(world)
     reranker.save(model, pd.DataFrame({"step": [0]}), tmp_path)
     monkeypatch.setattr(stages, "require", lambda run, stage: {"identity": "first"})
     monkeypatch.setattr(paths, "stage_dir", lambda run, stage: tmp_path)
+    drawn: list[bool] = []
+    draw = sentence_requests.draw
+    monkeypatch.setattr(sentence_requests, "draw", lambda *given: (drawn.append((batch := draw(*given)).plain), batch)[1])
     texts = [np.array(["the film"] * len(world.pools.window)), np.array(["any"] * len(world.pools.window))]
     prepared = world.prepared._replace(pools=world.prepared.pools | {"test": world.pools})
     examples = world.examples._replace(prepared=prepared)
     (found,) = sentence_requests.scores(world.tables, examples, own, texts, tmp_path / "kept")
+    assert drawn == [True, False]
     before = reranker.score_parts(model, examples, world.pools, texts)
     assert found.control.shape == before.control.shape and (found.control != before.control).any()
     np.testing.assert_allclose(found.control, before.control, rtol=0.02, err_msg="it starts from the trained weights")

@@ -46,6 +46,7 @@ SMALL = {
         "contrast": [0.1],
         "parsers": ["grammar"],
         "sentences": 20,
+        "sentence_plain_steps": 0,
         "sentence_steps": 1,
         "sessions": 3,
     },

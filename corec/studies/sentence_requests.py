@@ -71,8 +71,8 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
     tables, examples
         Tables and windows of the run.
     params
-        Settings of the run, whose stage 04 has finished. The training has `study.sentence_steps` steps, all on whole prompts, and
-        no time limit.
+        Settings of the run, whose stage 04 has finished. The training has `study.sentence_plain_steps` steps on plain prompts,
+        then `study.sentence_steps` steps on whole prompts, and no time limit.
     asked
         R arrays [windows] of sentences, for the test windows.
     folder
@@ -93,7 +93,8 @@ def scores(tables: Tables, examples: Examples, params: Params, asked: Sequence[n
             f"The value {without[0]!r} has no phrases: add some to corec/studies/phrases.yaml, or set study.sentence_steps to 0."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    update = {"curriculum_steps": 0, "steps": params.study.sentence_steps, "max_minutes": NO_LIMIT}
+    study = params.study
+    update = {"curriculum_steps": study.sentence_plain_steps, "steps": study.sentence_steps, "max_minutes": NO_LIMIT}
     changed = params.reranker.model_copy(update=update)
     record, texts = stages.require(params.run, "reranker")["identity"], [part.tolist() for part in asked]
     given, found = [fingerprint(examples), record, phrases(), texts], []
