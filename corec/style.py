@@ -74,8 +74,9 @@ def mark(model: str) -> Mark:
 
 
 def label(model: str) -> str:
-    """Name of a ranker in a legend."""
-    return LABELS.get(model, model)
+    """Name of a ranker in a legend; a variant such as ``corec, contrast`` keeps what follows the comma."""
+    name, comma, variant = model.partition(",")
+    return LABELS.get(model, LABELS.get(name, name) + comma + variant)
 
 
 def title(table: pd.DataFrame, about: str = "") -> str:

@@ -303,17 +303,21 @@ def draw(table: pd.DataFrame, similar: pd.DataFrame) -> Figure:
         (axes[0], "cp_gap", f"CP@{first['k']} minus the best\nthat the candidates allow"),
         (axes[1], "ndcg", f"NDCG@{first['k']}"),
     ):
-        for model, rows in pick(table, metric=metric).groupby("model", sort=False):
-            name = style.label(str(model))
-            axis.errorbar(rows["n_tokens"], rows["value"], yerr=error_bars(rows), fmt="o-", color=colors[str(model)], label=name)
-        axis.set(title=title, xlabel="control tokens", xticks=sorted(table["n_tokens"].unique()))
+        for place, (model, rows) in enumerate(pick(table, metric=metric).groupby("model", sort=False)):
+            tokens, bars = rows["n_tokens"] + 0.1 * (place - 1), error_bars(rows)
+            axis.errorbar(tokens, rows["value"], yerr=bars, fmt="o-", color=colors[str(model)], label=style.label(str(model)))
+        axis.set(title=title, xlabel="control tokens", xticks=sorted(pick(table, metric=metric)["n_tokens"].unique()))
     axes[0].axhline(0, color="0.3", linewidth=0.8)
-    axes[0].legend(frameon=False, fontsize="small")
+    axes[0].legend(frameon=False, fontsize="small", loc="lower right")
     for model, rows in pick(similar, of="projected").groupby("model", sort=False):
         color = colors[str(model)]
         axes[2].plot(rows["n_tokens"], rows["same"], "o-", color=color, label=f"{style.label(str(model))}, same attribute")
         axes[2].plot(rows["n_tokens"], rows["other"], "d:", color=color, label=f"{style.label(str(model))}, other attributes")
-    axes[2].set(title="cosine similarity of two constraints,\nas compared with the candidates", xlabel="control tokens")
-    axes[2].legend(frameon=False, fontsize="small")
+    axes[2].set(
+        title="cosine similarity of two constraints,\nas compared with the candidates",
+        xlabel="control tokens",
+        xticks=sorted(pick(similar, of="projected")["n_tokens"].unique()),
+    )
+    axes[2].legend(frameon=False, fontsize="small", loc="center", bbox_to_anchor=(0.5, 0.58))
     figure.suptitle(f"{style.title(table)}, {first['n_users']} users, seeds: {first['seeds']}")
     return figure
