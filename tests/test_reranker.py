@@ -201,6 +201,13 @@ def test_resuming_gives_the_same_parameters(world: World, tmp_path: Path) -> Non
         torch.testing.assert_close(resumed.trainable()[name], value, atol=1e-4, rtol=1e-3)
 
 
+def test_the_time_limit_ends_the_training_and_says_so(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    params = world.params(max_minutes=1e-6)
+    assert len(reranker.train(world.build(params), world.examples, params, None)) == 1
+    total = params.reranker.curriculum_steps + params.reranker.steps
+    assert f"ended at step 1 of {total}: raise reranker.max_minutes (1e-06) to finish" in capsys.readouterr().out
+
+
 def test_other_parameters_do_not_resume(world: World, tmp_path: Path) -> None:
     params = world.params()
     reranker.train(world.build(params), world.examples, params, tmp_path, stop_after=4)
