@@ -298,6 +298,12 @@ Ablation = Literal[
 ]  # fmt: skip
 
 
+UnseenTraining = Literal[
+    "tokens, all values", "tokens, never requested", "tokens, never seen",
+    "words, all values", "words, never requested", "words, never seen",
+]  # fmt: skip
+
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -323,6 +329,7 @@ class StudyParams(Model):
     source: str | None = Field(None, pattern=RUN_NAME)  # 11: run whose trained re-ranker is used; empty: this run
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
     unseen: float = Field(0, ge=0, lt=1)  # 11: share of the values of each attribute kept back from training; 0 omits this
+    unseen_trainings: list[UnseenTraining] = []  # 11: restrict the trainings of `unseen` to these
     contrast: list[PositiveFloat] = Field(
         [0.1, 1.0], min_length=1
     )  # 12: weights of reranker.row_contrast, selected on validation
@@ -333,6 +340,14 @@ class StudyParams(Model):
     sentence_plain_steps: int = Field(240, ge=0)
     sentence_steps: int = Field(60, ge=0)
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
+
+    @field_validator("unseen_trainings")
+    @classmethod
+    def _with_all_values(cls, names: list[str]) -> list[str]:
+        for form in {name.split(", ")[0] for name in names}:
+            if f"{form}, all values" not in names:
+                raise ValueError(f"parameter 'study.unseen_trainings' needs a baseline: add '{form}, all values'.")
+        return names
 
 
 Stage = Literal[

@@ -13,7 +13,7 @@ from test_reranker import World, unlike_start
 
 from corec import CorecError, conflicts, controls, pages, paths, reranker, stages
 from corec.controls import Vocabulary, without
-from corec.params import EvaluationParams, Params
+from corec.params import EvaluationParams, Params, StudyParams
 from corec.studies import transfer, unseen
 
 
@@ -168,6 +168,11 @@ def test_values_that_no_request_asks_for_are_refused(world: World, tmp_path: Pat
     assert "add 1 to controls.n_tokens" in str(conflicts.of_stage(other, "transfer"))
 
 
+def test_trainings_without_all_values_to_compare_with_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'study.unseen_trainings' needs a baseline: add 'words, all values'"):
+        StudyParams(unseen_trainings=["tokens, all values", "words, never seen"])
+
+
 def test_trainings_without_some_values_are_kept_and_compared(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -180,7 +185,10 @@ def test_trainings_without_some_values_are_kept_and_compared(
     assert list(found) == [f"{form}, {case}" for form in ("tokens", "words") for case in cases]
     kept_files = sorted((tmp_path / "stage").iterdir())
     assert [path.suffix for path in kept_files] == [".npz"] * 6
-    again, _ = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
+    some = ["words, all values", "words, never seen"]
+    fewer = own.model_copy(update={"study": StudyParams(unseen=0.3, unseen_trainings=some)})
+    again, _ = unseen.compare(world.tables, world.examples, fewer, tmp_path / "stage")
+    assert list(again) == some
     np.testing.assert_array_equal(*(part["words, never seen"].control for part in (found, again)))
     users = world.tables.windows.set_index("window").loc[world.pools.window, "user"].to_numpy()
     table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, world.examples, users, own)

@@ -101,12 +101,12 @@ def scored(tables: Tables, examples: Examples, params: Params, form: str, case: 
 
 
 def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> tuple[dict[str, Scores], np.ndarray]:
-    """Scores of the six trainings (:data:`CASES`, with tokens and with words), and the values kept back [values].
+    """Scores of the trainings (:data:`CASES`, with tokens and with words), and the values kept back [values].
 
     Parameters
     ----------
     tables, examples, params, folder
-        As for :func:`scored`; the share of values is `study.unseen`.
+        As for :func:`scored`; the share of values is `study.unseen`. `study.unseen_trainings` restricts the six trainings.
 
     Raises
     ------
@@ -122,12 +122,14 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
             f"Parameter study.unseen is {params.study.unseen}: of {len(asked)} test requests, {asked.sum()} ask for one of the "
             f"{values.sum()} values kept back; change it, or set it to 0."
         )
-    found = {
-        f"{name}, {case}": scored(tables, examples, params, form, case, values, folder)
-        for form, name in FORMS.items()
-        for case in CASES
+    trainings = {f"{name}, {case}": (form, case) for form, name in FORMS.items() for case in CASES}
+    names = params.study.unseen_trainings or trainings
+    parts = {
+        name: scored(tables, examples, params, form, case, values, folder)
+        for name, (form, case) in trainings.items()
+        if name in names
     }
-    return found, values
+    return parts, values
 
 
 def judge(
