@@ -10,6 +10,13 @@ from corec import stages
 from corec.params import Params
 
 GENRES = ["Comedy", "Drama", "Action", "Horror"]
+# Files with tests of several minutes. They start first: otherwise the other process would wait for the last of them.
+LONG = ("test_faults.py", "test_workflow.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of the files `LONG` before the others."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def write_atomic(

@@ -205,7 +205,7 @@ def test_the_time_limit_ends_the_training_and_says_so(world: World, capsys: pyte
     params = world.params(max_minutes=1e-6)
     assert len(reranker.train(world.build(params), world.examples, params, None)) == 1
     total = params.reranker.curriculum_steps + params.reranker.steps
-    assert f"ended at step 1 of {total}: raise reranker.max_minutes (1e-06) to finish" in capsys.readouterr().out
+    assert f"ended at step 1 of {total}: raise reranker.max_minutes (1e-06), train anew" in capsys.readouterr().out
 
 
 def test_other_parameters_do_not_resume(world: World, tmp_path: Path) -> None:

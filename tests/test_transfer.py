@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from test_reranker import World, unlike_start
 
 from corec import CorecError, conflicts, controls, pages, paths, reranker, stages
 from corec.controls import Vocabulary, without
-from corec.params import EvaluationParams, Params, StudyParams
+from corec.params import EvaluationParams, Params, StudyParams, UnseenTraining
 from corec.studies import transfer, unseen
 
 
@@ -182,7 +182,7 @@ def test_trainings_without_some_values_are_kept_and_compared(
     own = own.model_copy(update={"study": study, "evaluation": EvaluationParams(bootstrap=20)})
     found, values = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
     cases = ("all values", "never requested", "never seen")
-    assert list(found) == [f"{form}, {case}" for form in ("tokens", "words") for case in cases]
+    assert list(found) == [f"{form}, {case}" for form in ("tokens", "words") for case in cases] == list(get_args(UnseenTraining))
     kept_files = sorted((tmp_path / "stage").iterdir())
     assert [path.suffix for path in kept_files] == [".npz"] * 6
     some = ["words, all values", "words, never seen"]

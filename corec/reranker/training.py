@@ -368,7 +368,7 @@ def train(
             if first:
                 checkpoint.save({"dtype": dtype, "rows": rows, "spent": clock.spent, "optimizer": state})
     if len(rows) < end:
-        say(f"ended at step {len(rows)} of {end}: raise reranker.max_minutes ({settings.max_minutes:g}) to finish", flush=True)
+        say(f"ended at step {len(rows)} of {end}: raise reranker.max_minutes ({settings.max_minutes:g}), train anew", flush=True)
     if first:
         reranker.prompter.report_cut()
     return pd.DataFrame(rows, columns=["step", "plain", "loss", "seconds", "tokens"])
