@@ -32,7 +32,7 @@ timed = begin=$$(date +%s); $(2) || exit; echo "== $(1): $$(($$(date +%s) - begi
 
 test: env
 	@$(call timed,lint and types,$(MAKE) --no-print-directory lint)
-	@$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 10 tests)
+	@$(call timed,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 tests)
 	@$(call timed,notebooks,COREC_AGAIN=1 $(BIN)/python -m pytest -q --nbval-lax $(NOTEBOOKS))
 	@$(call timed,quality,$(BIN)/python -m pytest -q tests/quality.py)
 

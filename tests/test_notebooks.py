@@ -23,7 +23,6 @@ from corec.reranker import engine
 from tests.conftest import write_atomic
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes the run
 SMALL = {
     "run": "twice",
     "data": {"core": 1},

@@ -17,7 +17,6 @@ from tests.test_notebooks import browser  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[1]
 EXECUTED = sorted((ROOT / "docs" / "executed").glob("*.ipynb"))
-pytestmark = pytest.mark.xdist_group("site")
 
 
 class Page(HTMLParser):
