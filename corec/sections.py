@@ -171,7 +171,11 @@ def missing_sections(folder: Path) -> Iterator[Section]:
     yield f"CP@{cut} with one token, by attribute and share of missing values", [about, "", *by_attribute(single)]
     ours = rows[rows["model"].str.startswith("corec") | rows["imputer"].str.startswith("corec")]
     about = "Paired, with intervals over users; the best imputer is the best one on these test users."
-    yield f"CP@{cut} minus that of the rule with the best imputer", [about, "", *ahead_table(ours)]
+    title = f"CP@{cut} minus that of the rule with the best imputer"
+    yield title, [about, "", *ahead_table(ours)]
+    if first["seeds"] > 1:
+        about = "Mean, lowest and highest of the seeds, each with its own training and choice of the values."
+        yield f"{title}, by seed", [about, "", *ahead_table(ours, ("ahead_lowest", "ahead_highest"))]
 
 
 def guesses_section(folder: Path) -> Iterator[Section]:
@@ -219,17 +223,14 @@ def by_attribute(rows: pd.DataFrame) -> list[str]:
     return markdown(header, lines)
 
 
-def ahead_table(rows: pd.DataFrame) -> list[str]:
-    """Differences from the best imputer by share, number of tokens and ranker."""
+def ahead_table(rows: pd.DataFrame, ends: tuple[str, str] = ("ahead_low", "ahead_high")) -> list[str]:
+    """Differences from the best imputer, and the columns `ends`, by share, number of tokens and ranker."""
     keys = list(dict.fromkeys(zip(rows["model"], rows["imputer"], strict=True)))
     header = ["missing", "wrong", "tokens", "best imputer", *(ranker(*key) for key in keys)]
     lines = []
     for (missing, wrong, n), part in rows.groupby(["missing", "wrong", "n_tokens"], sort=True):
         cells = part.set_index(["model", "imputer"])
-        texts = [
-            f"{row['ahead']:+.3f} ({row['ahead_low']:+.3f} to {row['ahead_high']:+.3f})"
-            for row in (cells.loc[key] for key in keys)
-        ]
+        texts = [f"{row['ahead']:+.3f} ({row[ends[0]]:+.3f} to {row[ends[1]]:+.3f})" for row in (cells.loc[key] for key in keys)]
         lines.append([f"{missing:.0%}", f"{wrong:.0%}", str(n), f"`{part['best'].iloc[0]}`", *texts])
     return markdown(header, lines)
 

@@ -240,6 +240,15 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     assert (best["ahead"] == 0).all() and len(best) and not set(table["best"]) - set(missing.SIMPLE)
     assert set(table["attribute"]) - {"all"} <= {attribute.name for attribute in world.prepared.vocabulary.attributes}
     assert (table["ahead"].abs() <= 1).all() and (table["seeds"] == 2).all()
+    one = [
+        missing.tabulate({each: part[[seed]] for each, part in measured.items()}, world.prepared, users, own) for seed in (0, 1)
+    ]
+    values = np.stack([part["value"] for part in one])
+    np.testing.assert_allclose(table["value"], values.mean(axis=0))
+    np.testing.assert_allclose(table[["lowest", "highest"]].T, np.sort(values, axis=0))
+    assert (table["lowest"] < table["highest"]).any() and (one[0]["lowest"] == one[0]["highest"]).all()
+    spread = table[["ahead_lowest", "ahead_highest"]].mean(axis=1)
+    np.testing.assert_allclose(table["ahead"], spread, atol=1e-12)  # of two seeds, and the same imputer for both
     assert (table["run"] == own.run).all()
     assert {"tf-idf-and-table"} == set(table[table["wrong"] > 0]["imputer"]) - set(table[table["wrong"] == 0]["imputer"])
 
@@ -257,6 +266,7 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
             "by share of wrong values" in page
             and "## Guesses of unknown values" in page
             and "| `rule`, `corec-dropout` |" in page
+            and "best imputer, by seed\n" in page
         )
         assert pages.pages_of(folder) == {folder / "results.md": page}
     joined = missing_report.join(tmp_path / "figures")

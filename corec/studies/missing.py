@@ -261,12 +261,12 @@ def quality(
 class Measured(NamedTuple):
     """Result of :func:`measure`."""
 
-    values: dict[Key, np.ndarray]  # [windows]
+    values: dict[Key, np.ndarray]  # [seeds, windows]
     guesses: pd.DataFrame  # of :func:`quality`
 
 
 def measure(tables: Tables, prepared: Prepared, params: Params, folder: Path, embeddings: np.ndarray | None) -> Measured:
-    """Train and rank under all :func:`conditions`; CP@k (all constraints met) and NDCG@k of every window, mean over the seeds.
+    """Train and rank under all :func:`conditions`; CP@k (all constraints met) and NDCG@k of every seed and window.
 
     Parameters
     ----------
@@ -299,11 +299,11 @@ def measure(tables: Tables, prepared: Prepared, params: Params, folder: Path, em
                 values = evaluation.by_window(order, judged, [cut])
                 for metric, key in evaluation.control_and_relevance(cut, n).items():
                     found.setdefault(Key(*case.condition[:2], n, model, imputer, metric), []).append(values[key].astype(float))
-    return Measured({key: np.mean(values, axis=0) for key, values in found.items()}, pd.concat(guesses, ignore_index=True))
+    return Measured({key: np.stack(values) for key, values in found.items()}, pd.concat(guesses, ignore_index=True))
 
 
 def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.ndarray, params: Params) -> pd.DataFrame:
-    """Means over users with intervals, and paired differences from the rule with the best imputer.
+    """Means over seeds and users with intervals, and paired differences from the rule with the best imputer.
 
     The best imputer of a condition and a number of constraints is the one of :data:`SIMPLE` with the highest CP on the same test
     windows, a choice in favour of the imputers. Requests of one constraint are also tabulated by attribute.
@@ -322,8 +322,10 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
     Returns
     -------
     Columns of :data:`corec.evaluation.COLUMNS`, and
-    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds``. `seeds` is their number, `seed` the first one;
-    `attribute` is ``all``, or that of the requests.
+    ``run missing wrong imputer attribute best ahead ahead_low ahead_high seeds lowest highest ahead_lowest ahead_highest``.
+    `seeds` is their number, `seed` the first one. `attribute` is ``all``, or that of the requests. `lowest` and `highest` are the
+    range over the seeds of `value`, which is their mean; `ahead_lowest` and `ahead_highest` that of `ahead`, with the same
+    imputer for all seeds.
     """
     vocabulary, cut, parts = prepared.vocabulary, params.figures.k, []
     groups: dict[tuple[float, float, int], list[Key]] = {}
@@ -336,7 +338,8 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
         for attribute, rows in chosen.items():
             if not rows.any():
                 continue
-            values = by_user(np.stack([measured[key][rows] for key in keys], axis=1), users[rows])
+            seeds = np.stack([measured[key][:, rows] for key in keys], axis=2)  # [seeds, windows, keys]
+            values = by_user(seeds.mean(axis=0), users[rows])
             means = dict(zip(keys, values.mean(axis=0), strict=True))
             choice = [
                 key for key in keys if key.model == "rule" and key.imputer in SIMPLE and key.metric == ("cp" if n else "ndcg")
@@ -345,10 +348,13 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
             base = [keys.index(best._replace(metric=key.metric)) for key in keys]
             numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
             table = pd.DataFrame(keys, columns=list(Key._fields)).join(numbers)
+            each = np.stack([by_user(part, users[rows]).mean(axis=0) for part in seeds])
+            for name, part in (("", each), ("ahead_", each - each[:, base])):
+                table[f"{name}lowest"], table[f"{name}highest"] = part.min(axis=0), part.max(axis=0)
             parts.append(table.assign(attribute=attribute, best=best.imputer, n_users=len(values)))
     table = pd.concat(parts, ignore_index=True)
     table["tau"] = table["n_tokens"].where(table["metric"] == "cp").astype("Int64")
     table = table.assign(dataset=params.data.dataset, protocol=params.controls.protocol, K=params.controls.k, k=cut)
     table = table.assign(run=params.run, seed=params.seed, seeds=params.study.seeds)
-    own = "run missing wrong imputer attribute best ahead ahead_low ahead_high seeds".split()
-    return table[evaluation.COLUMNS + own]
+    own = "run missing wrong imputer attribute best ahead ahead_low ahead_high seeds"
+    return table[evaluation.COLUMNS + own.split() + "lowest highest ahead_lowest ahead_highest".split()]
