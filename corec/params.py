@@ -324,6 +324,7 @@ class StudyParams(Model):
     missing: list[Share] = Field([0, 0.25, 0.5, 0.75, 0.9], min_length=1)
     wrong: list[Share] = [0.25, 0.5]
     attribute_dropout: float = Field(0.4, gt=0, lt=1)  # 10: reranker.attribute_dropout of the second model
+    without_dropout: bool = True  # 10: also train the first model, which has none
     tagger: bool = True  # 10: also guess the values by the untrained backbone (data.tagger)
     nearest_title: bool = True  # 10: also guess the values by the most similar title, under the encoder MiniLM
     source: str | None = Field(None, pattern=RUN_NAME)  # 11: run whose trained re-ranker is used; empty: this run

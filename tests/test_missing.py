@@ -213,6 +213,9 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
     measured, guesses = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None)
     assert len(list((tmp_path / "scores").glob("*.npz"))) == 12 and not list((tmp_path / "scores").glob("*/checkpoint.pt"))
     monkeypatch.setattr(missing, "train", None)
+    fewer = own.model_copy(update={"study": study.model_copy(update={"without_dropout": False})})
+    some = missing.measure(world.tables, world.prepared, fewer, tmp_path / "scores", None).values
+    assert {key for key in measured if "corec" not in (key.model, key.imputer)} == set(some)
     again = missing.measure(world.tables, world.prepared, own, tmp_path / "scores", None).values
     assert all((again[key] == values).all() for key, values in measured.items())
     key = missing.Key(0.6, 0.0, 1, "rule", "none", "cp")
@@ -224,7 +227,13 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
         assert (measured[key._replace(missing=0.0, imputer=name)] == measured[key._replace(missing=0.0)]).all()
 
     assert set(guesses["missing"]) == {0.6} and set(guesses["seed"]) == {0, 1} and guesses["auc"].between(0, 1).all()
-    assert set(guesses["imputer"]) == {"most-frequent", "tf-idf", "tf-idf-probability", "words-and-values", *missing.MODELS}
+    assert set(guesses["imputer"]) == {
+        "most-frequent",
+        "tf-idf",
+        "tf-idf-probability",
+        "words-and-values",
+        *missing.models_of(own),
+    }
     request = world.prepared.requests["test", 1][:, 0]
     candidates = world.prepared.pools["test"].candidates
     hidden = controls.hide(world.prepared.vocabulary, 0.6, 0).known()

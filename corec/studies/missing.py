@@ -25,7 +25,6 @@ from corec.studies import imputers
 from corec.studies.trained import scores_once
 
 DROPOUT = "corec-dropout"
-MODELS = ("corec", DROPOUT)
 # Imputers that need no trained re-ranker, and those of them that give probabilities.
 SIMPLE = (
     "none",
@@ -132,6 +131,11 @@ def asked(prepared: Prepared, lengths: Sequence[int]) -> list[np.ndarray]:
     """Requests to score: those of all lengths, then each constraint of the longer ones alone, [windows, n] each."""
     whole = [prepared.requests["test", n] for n in lengths]
     return whole + [request[:, [place]] for request in whole if request.shape[1] > 1 for place in range(request.shape[1])]
+
+
+def models_of(params: Params) -> list[str]:
+    """Models to train: ``corec``, unless `study.without_dropout` is false, and ``corec-dropout``."""
+    return ["corec", DROPOUT] if params.study.without_dropout else [DROPOUT]
 
 
 def settings_of(model: str, params: Params) -> Params:
@@ -290,7 +294,7 @@ def measure(tables: Tables, prepared: Prepared, params: Params, folder: Path, em
     guesses = []
     titles, cut = tables.items["title"].tolist(), params.figures.k
     for case in cases(tables, prepared, params):
-        scores = {model: scores_of(model, case, tables, prepared, params, folder) for model in MODELS}
+        scores = {model: scores_of(model, case, tables, prepared, params, folder) for model in models_of(params)}
         values_of = values_by_imputer(case, titles, embeddings, params)
         guesses.append(quality(case, prepared, values_of, scores, params))
         for n, orders in rankings(case, prepared, values_of, scores, params).items():
