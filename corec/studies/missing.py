@@ -342,8 +342,9 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
         for attribute, rows in chosen.items():
             if not rows.any():
                 continue
-            seeds = np.stack([measured[key][:, rows] for key in keys], axis=2)  # [seeds, windows, keys]
-            values = by_user(seeds.mean(axis=0), users[rows])
+            windows = np.stack([measured[key][:, rows] for key in keys], axis=2)  # [seeds, windows, keys]
+            seeds = np.stack([by_user(part, users[rows]) for part in windows])  # [seeds, users, keys]
+            values = seeds.mean(axis=0)
             means = dict(zip(keys, values.mean(axis=0), strict=True))
             choice = [
                 key for key in keys if key.model == "rule" and key.imputer in SIMPLE and key.metric == ("cp" if n else "ndcg")
@@ -352,7 +353,7 @@ def tabulate(measured: Mapping[Key, np.ndarray], prepared: Prepared, users: np.n
             base = [keys.index(best._replace(metric=key.metric)) for key in keys]
             numbers = with_differences(values, values - values[:, base], params.evaluation, params.seed)
             table = pd.DataFrame(keys, columns=list(Key._fields)).join(numbers)
-            each = np.stack([by_user(part, users[rows]).mean(axis=0) for part in seeds])
+            each = seeds.mean(axis=1)
             for name, part in (("", each), ("ahead_", each - each[:, base])):
                 table[f"{name}lowest"], table[f"{name}highest"] = part.min(axis=0), part.max(axis=0)
             parts.append(table.assign(attribute=attribute, best=best.imputer, n_users=len(values)))
