@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_prior import params as with_prior
 from test_prior import world_with_priors
 from test_reranker import World
@@ -280,6 +281,19 @@ def test_the_study_trains_once_and_compares_with_the_best_imputer(
         assert pages.pages_of(folder) == {folder / "results.md": page}
     joined = missing_report.join(tmp_path / "figures")
     assert len(pd.read_csv(joined[0])) == 2 * len(table) and joined[1].exists() and not pages.pages_of(joined[0].parent)
+
+
+def test_the_points_of_a_single_share_do_not_overlap() -> None:
+    def places(shares: list[float]) -> list[list[float]]:
+        rows = pd.DataFrame({"missing": shares, "value": 0.5, "low": 0.4, "high": 0.6})
+        axis = Figure().subplots()
+        missing_report.lines(axis, [("a", rows), ("none", rows[:0]), ("b", rows)], "missing")
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+        return [list(np.asarray(line.get_xdata(), dtype=float)) for line in axis.lines]
+
+    one, other = places([0.25])
+    assert one[0] < 0.25 < other[0] and np.mean([one, other]) == pytest.approx(0.25)
+    assert places([0.25, 0.5]) == [[0.25, 0.5]] * 2, "lines are not moved"
 
 
 def test_the_threshold_is_the_smallest_share_from_which_on_the_difference_is_above_0() -> None:

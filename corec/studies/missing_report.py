@@ -66,12 +66,19 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str = "value") -> None:
-    """Draw one line with intervals for each labelled part; `y` is ``value`` or ``ahead``."""
-    for (label, rows), color in zip(parts, style.CYCLE, strict=False):
-        if len(rows):
-            rows = rows.sort_values(x)
-            errors = error_bars(rows, y, ("ahead_low", "ahead_high") if y == "ahead" else ("low", "high"))
-            axis.errorbar(rows[x], rows[y], yerr=errors, fmt="o-", markersize=3, color=color, label=label)
+    """Draw one line with intervals for each labelled part; `y` is ``value`` or ``ahead``.
+
+    If all points have one share, they are drawn side by side around it.
+    """
+    shown = [(label, rows.sort_values(x), color) for (label, rows), color in zip(parts, style.CYCLE, strict=False) if len(rows)]
+    shares = sorted({share for _, rows, _ in shown for share in rows[x]})
+    step = 0.01 if len(shares) == 1 else 0
+    for place, (label, rows, color) in enumerate(shown):
+        errors = error_bars(rows, y, ("ahead_low", "ahead_high") if y == "ahead" else ("low", "high"))
+        places = rows[x] + step * (place - (len(shown) - 1) / 2)
+        axis.errorbar(places, rows[y], yerr=errors, fmt="o-", markersize=3, color=color, label=label)
+    if step:
+        axis.set(xticks=shares, xlim=(shares[0] - 0.04, shares[0] + 0.12))  # the legend is on the right
     axis.legend(fontsize="small", frameon=False)
 
 
