@@ -79,7 +79,7 @@ def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str 
         axis.errorbar(places, rows[y], yerr=errors, fmt="o-", markersize=3, color=color, label=label)
     if step:
         axis.set(xticks=shares, xlim=(shares[0] - 0.04, shares[0] + 0.12))  # the legend is on the right
-    axis.legend(fontsize="small", frameon=False)
+    axis.legend(fontsize="small", frameon=False, loc="upper right" if step else "best")
 
 
 def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-dropout") -> pd.DataFrame:
