@@ -68,7 +68,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str = "value") -> None:
     """Draw one line with intervals for each labelled part; `y` is ``value`` or ``ahead``.
 
-    If all points have one share, they are drawn side by side around it.
+    If all points have one share, they are drawn side by side around it, with the legend outside.
     """
     shown = [(label, rows.sort_values(x), color) for (label, rows), color in zip(parts, style.CYCLE, strict=False) if len(rows)]
     shares = sorted({share for _, rows, _ in shown for share in rows[x]})
@@ -78,8 +78,10 @@ def lines(axis: Axes, parts: Iterable[tuple[str, pd.DataFrame]], x: str, y: str 
         places = rows[x] + step * (place - (len(shown) - 1) / 2)
         axis.errorbar(places, rows[y], yerr=errors, fmt="o-", markersize=3, color=color, label=label)
     if step:
-        axis.set(xticks=shares, xlim=(shares[0] - 0.04, shares[0] + 0.12))  # the legend is on the right
-    axis.legend(fontsize="small", frameon=False, loc="upper right" if step else "best")
+        axis.set(xticks=shares, xlim=(shares[0] - 0.04, shares[0] + 0.04))
+        axis.legend(fontsize="small", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left")
+    else:
+        axis.legend(fontsize="small", frameon=False)
 
 
 def thresholds(table: pd.DataFrame, model: str = "rule", imputer: str = "corec-dropout") -> pd.DataFrame:
