@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from nbclient import NotebookClient
@@ -65,6 +66,13 @@ class Ran(NamedTuple):
     whole: Any
 
 
+def sources_of(name: str, changes: dict[str, Any]) -> list[str]:
+    """Sources of the code cells of a notebook, with parameters."""
+    cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    tagged = f'profile = "params/tiny.yaml"\nchanges = {changes!r}'
+    return [tagged if "parameters" in cell.metadata.get("tags", []) else cell.source for cell in cells]
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """Run all notebooks in one kernel, each twice, and look at each once."""
@@ -76,9 +84,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     whole = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
     add = nbformat.v4.new_code_cell
     for name in stages.NOTEBOOKS.values():
-        cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
-        tagged = f'profile = "params/tiny.yaml"\nchanges = {changes!r}'
-        sources = [tagged if "parameters" in cell.metadata.get("tags", []) else cell.source for cell in cells]
+        sources = sources_of(name, changes)
         whole.cells += [add(source) for source in [*sources, AGAIN, *sources, ONCE, *sources]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COREC_ROOT", str(folder))
@@ -131,6 +137,28 @@ def test_a_finished_stage_is_looked_at_unless_it_is_asked_for_again(opened: Ran,
     os.utime(file, (status.st_atime, status.st_mtime + 5))  # the user's file of an earlier stage has changed
     assert stages.finished(opened.settings, "figures") is None
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_without_a_transfer_only_the_values_kept_back_are_compared(opened: Ran) -> None:
+    trainings = ["tokens, all values", "tokens, never seen"]
+    study = SMALL["study"] | {"transfer_steps": [], "unseen_trainings": trainings}
+    changes = SMALL | {"run": "alone", "data": {"core": 1, "path": "raw"}, "study": study}
+    settings = profiles.load(ROOT / "params" / "tiny.yaml", changes)
+    for stage in ("data", "sasrec", "controls", "reranker"):
+        stages.attach(settings, stage)
+    sources = sources_of("11_transfer", changes)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    twice = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell(source) for source in sources * 2])
+    NotebookClient(twice, timeout=300, resources={"metadata": {"path": str(opened.folder)}}).execute()
+    said = "".join(output.get("text", "") for cell in twice.cells for output in cell.get("outputs", []))
+    assert said.count("study.source is not set and study.transfer_steps is empty: nothing is transferred") == 2
+    assert said.count("look: stage 'transfer' of run 'alone'") == 1 and "the scores are the same" not in said
+    folder = opened.folder / "figures" / "alone"
+    made = ["manifest-transfer.json", "results.md", "unseen.csv", "unseen.png"]
+    assert sorted(path.name for path in folder.iterdir()) == made
+    assert "## Transfer" not in (folder / "results.md").read_text()
+    models = set(pd.read_csv(folder / "unseen.csv")["model"])
+    assert models == {"sasrec", "combiner", "rule", "rule+combiner", "corec", *trainings}
 
 
 def test_the_steering_demonstration_scores_as_the_engine_does(opened: Ran) -> None:

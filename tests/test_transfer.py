@@ -168,6 +168,14 @@ def test_values_that_no_request_asks_for_are_refused(world: World, tmp_path: Pat
     assert "add 1 to controls.n_tokens" in str(conflicts.of_stage(other, "transfer"))
 
 
+def test_a_transfer_stage_without_anything_to_compare_is_refused() -> None:
+    nothing = Params(study=StudyParams(transfer_steps=[]))
+    assert "has nothing to compare: set study.source, study.transfer_steps" in str(conflicts.of_stage(nothing, "transfer"))
+    for study in ({"source": "ml-1m"}, {"transfer_steps": [20]}, {"unseen": 0.25}):
+        some = Params(study=StudyParams(**{"transfer_steps": [], **study}))
+        assert conflicts.of_stage(some, "transfer") is None
+
+
 def test_trainings_without_all_values_to_compare_with_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'study.unseen_trainings' needs a baseline: add 'words, all values'"):
         StudyParams(unseen_trainings=["tokens, all values", "words, never seen"])
