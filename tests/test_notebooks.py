@@ -59,11 +59,11 @@ ONCE = "del os.environ['COREC_AGAIN']"
 
 
 class Ran(NamedTuple):
-    """A project's folder in which all notebooks ran, its parameters, and the notebook of all cells."""
+    """A project's folder in which all notebooks ran, its parameters, and what they printed."""
 
     folder: Path
     settings: params.Params
-    whole: Any
+    said: str
 
 
 def sources_of(name: str, changes: dict[str, Any]) -> list[str]:
@@ -71,6 +71,14 @@ def sources_of(name: str, changes: dict[str, Any]) -> list[str]:
     cells = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     tagged = f'profile = "params/tiny.yaml"\nchanges = {changes!r}'
     return [tagged if "parameters" in cell.metadata.get("tags", []) else cell.source for cell in cells]
+
+
+def run_cells(sources: list[str], folder: Path) -> str:
+    """Run cells in one kernel in a folder; returns what they printed."""
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    whole = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(whole, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return "".join(output.get("text", "") for cell in whole.cells for output in cell.get("outputs", []))
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +89,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     (folder / "params").symlink_to(ROOT / "params")
     (folder / "notebooks").symlink_to(ROOT / "notebooks")
     changes = SMALL | {"data": {"core": 1, "path": "raw"}}
-    whole = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
-    add = nbformat.v4.new_code_cell
+    cells = []
     for name in stages.NOTEBOOKS.values():
         sources = sources_of(name, changes)
-        whole.cells += [add(source) for source in [*sources, AGAIN, *sources, ONCE, *sources]]
+        cells += [*sources, AGAIN, *sources, ONCE, *sources]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COREC_ROOT", str(folder))
         patch.setenv("COREC_CACHE", str(folder / "cache"))
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.delenv("COREC_AGAIN", raising=False)
-        NotebookClient(whole, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-        yield Ran(folder, profiles.load(ROOT / "params" / "tiny.yaml", changes), whole)
+        said = run_cells(cells, folder)
+        yield Ran(folder, profiles.load(ROOT / "params" / "tiny.yaml", changes), said)
 
 
 @pytest.fixture
@@ -115,7 +122,7 @@ def test_every_notebook_runs_twice_in_one_kernel(opened: Ran) -> None:
         "transfer.png unseen.png"
     )
     assert sorted(path.name for path in folder.glob("*.png")) == expected.split()
-    said = "".join(output.get("text", "") for cell in opened.whole.cells for output in cell.get("outputs", []))
+    said = opened.said
     assert "Warning" not in said, "no notebook prints a warning"
     for stage in stages.NOTEBOOKS:
         assert said.count(f"look: stage {stage!r} of run 'twice' has finished; its results are shown") == 1
@@ -146,11 +153,7 @@ def test_without_a_transfer_only_the_values_kept_back_are_compared(opened: Ran) 
     settings = profiles.load(ROOT / "params" / "tiny.yaml", changes)
     for stage in ("data", "sasrec", "controls", "reranker"):
         stages.attach(settings, stage)
-    sources = sources_of("11_transfer", changes)
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    twice = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell(source) for source in sources * 2])
-    NotebookClient(twice, timeout=300, resources={"metadata": {"path": str(opened.folder)}}).execute()
-    said = "".join(output.get("text", "") for cell in twice.cells for output in cell.get("outputs", []))
+    said = run_cells(sources_of("11_transfer", changes) * 2, opened.folder)
     assert said.count("study.source is not set and study.transfer_steps is empty: nothing is transferred") == 2
     assert said.count("look: stage 'transfer' of run 'alone'") == 1 and "the scores are the same" not in said
     folder = opened.folder / "figures" / "alone"
