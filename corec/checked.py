@@ -53,6 +53,14 @@ def exit_status(work: Callable[[], object]) -> int:
     return 0
 
 
+def differences(now: Any, then: Any, name: str = "") -> list[str]:
+    """Describe the values in which two nested mappings differ: ``seed is 1, was 0``."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        keys = [*now, *(key for key in then if key not in now)]
+        return [text for key in keys for text in differences(now.get(key), then.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if now == then else [f"{name} is {now!r}, was {then!r}"]
+
+
 def first_fault(model: type[BaseModel], error: ValidationError) -> str:
     """Describe the first faulty value of a `model` as a sentence that names the parameter."""
     fault = error.errors()[0]

@@ -129,7 +129,7 @@ def in_transfer(params: Any) -> str | None:
     """Conflicts of the stage `transfer` with other sections, which do not matter for the other stages."""
     if 1 not in params.controls.n_tokens:
         return "stage 'transfer' compares tokens by requests of one constraint: add 1 to controls.n_tokens."
-    if not (params.study.source or params.study.transfer_steps or params.study.unseen):
+    if not (params.study.transfers() or params.study.unseen):
         return "stage 'transfer' has nothing to compare: set study.source, study.transfer_steps or study.unseen."
     return None
 

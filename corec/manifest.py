@@ -48,7 +48,7 @@ def collect(params: Params, of: Sequence[str]) -> dict[str, Any]:
     installed = {entry.name.lower(): entry.version for entry in importlib.metadata.distributions()}
     records = {}
     for stage in of:
-        record = stages.require(params.run, stage)
+        record = stages.require(params.run, stage, params)
         records[stage] = {name: value for name, value in record.items() if name not in ("stage", "params")}
         records[stage]["outputs"] = {name: facts["sha256"] for name, facts in record["outputs"].items()}
     return {
@@ -64,4 +64,5 @@ def collect(params: Params, of: Sequence[str]) -> dict[str, Any]:
 
 def write(params: Params, stage: str) -> None:
     """Write the manifest of a study or timing (`stage` and all stages before it) to the folder of the run's figures."""
-    files.write_json(paths.figures_dir(params.run) / f"manifest-{stage}.json", collect(params, [*stages.ancestors(stage), stage]))
+    of = [*stages.ancestors(stage, params), stage]
+    files.write_json(paths.figures_dir(params.run) / f"manifest-{stage}.json", collect(params, of))

@@ -331,6 +331,7 @@ class StudyParams(Model):
     transfer_steps: list[PositiveInt] = [20]  # 11: steps of short trainings, from its weights and from the initial ones
     unseen: float = Field(0, ge=0, lt=1)  # 11: share of the values of each attribute kept back from training; 0 omits this
     unseen_trainings: list[UnseenTraining] = []  # 11: restrict the trainings of `unseen` to these
+    unseen_windows: PositiveInt | None = None  # 11: test windows scored that ask for other values; empty: all
     contrast: list[PositiveFloat] = Field(
         [0.1, 1.0], min_length=1
     )  # 12: weights of reranker.row_contrast, selected on validation
@@ -341,6 +342,10 @@ class StudyParams(Model):
     sentence_plain_steps: int = Field(240, ge=0)
     sentence_steps: int = Field(60, ge=0)
     sessions: int = Field(100, ge=1)  # 16: simulated sessions of each user
+
+    def transfers(self) -> bool:
+        """Whether notebook 11 uses a trained re-ranker, of `source` or of the run, on other data or in short trainings."""
+        return bool(self.source or self.transfer_steps)
 
     @field_validator("unseen_trainings")
     @classmethod

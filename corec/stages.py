@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corec import CorecError, code, conflicts, files, machine, paths, schemes
+from corec import CorecError, checked, code, conflicts, files, machine, paths, schemes
 from corec.params import WITHOUT_EFFECT, Params
 
 NOTEBOOKS = {
@@ -88,7 +88,7 @@ def key(settings: Params, stage: str) -> str:
 
     Parameters with their defaults do not count, so keys stay the same if a later version adds parameters.
     """
-    return files.digest([section(settings, stage, defaults=False), [key(settings, need) for need in NEEDS[stage]]])
+    return files.digest([section(settings, stage, defaults=False), [key(settings, need) for need in needs(stage, settings)]])
 
 
 def own_files(settings: Params, stage: str) -> list[Any]:
@@ -141,7 +141,7 @@ def attach(settings: Params, stage: str) -> Path:
     if place.is_dir() and not place.is_symlink():
         before = (read_record(settings.run, stage) or {}).get("params")
         now = section(settings, stage)
-        same = before is None or not differences(now, with_defaults(before, now, stage))  # unfinished: perhaps a checkpoint
+        same = before is None or not checked.differences(now, with_defaults(before, now, stage))  # perhaps a checkpoint
         folder.parent.mkdir(parents=True, exist_ok=True)
         others = (place.with_name(f"{stage}.old{number or ''}") for number in itertools.count())
         place.rename(folder if same and not folder.exists() else next(path for path in others if not path.exists()))
@@ -153,9 +153,19 @@ def attach(settings: Params, stage: str) -> Path:
     return place
 
 
-def ancestors(stage: str) -> list[str]:
-    """All stages that a stage depends on, in the order of :data:`NOTEBOOKS`."""
-    names = {name for need in NEEDS[stage] for name in (need, *ancestors(need))}
+def needs(stage: str, settings: Params | None = None) -> tuple[str, ...]:
+    """Stages that a stage reads: those of :data:`NEEDS`.
+
+    With `settings` whose `stages` omit the re-ranker, ``transfer`` does not need it if it transfers nothing.
+    """
+    if stage == "transfer" and settings is not None and not (settings.study.transfers() or "reranker" in settings.stages):
+        return tuple(need for need in NEEDS[stage] if need != "reranker")
+    return NEEDS[stage]
+
+
+def ancestors(stage: str, settings: Params | None = None) -> list[str]:
+    """All stages that a stage depends on (see :func:`needs`), in the order of :data:`NOTEBOOKS`."""
+    names = {name for need in needs(stage, settings) for name in (need, *ancestors(need, settings))}
     return [name for name in NOTEBOOKS if name in names]
 
 
@@ -183,8 +193,8 @@ def record_in(folder: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def require(run: str, stage: str) -> dict[str, Any]:
-    """Return the record of a finished stage.
+def require(run: str, stage: str, settings: Params | None = None) -> dict[str, Any]:
+    """Return the record of a finished stage (`settings`: see :func:`needs`).
 
     Raises
     ------
@@ -192,7 +202,7 @@ def require(run: str, stage: str) -> dict[str, Any]:
         If the stage or one that it depends on is missing (all missing ones are named) or older than its input, or if one of their
         files has changed.
     """
-    chain = [*ancestors(stage), stage]
+    chain = [*ancestors(stage, settings), stage]
     records = {name: record for name in chain if (record := read_record(run, name)) is not None}
     if missing := [name for name in chain if name not in records]:
         names = ", ".join(map(repr, missing))
@@ -200,8 +210,9 @@ def require(run: str, stage: str) -> dict[str, Any]:
         plural = "s" * (len(missing) > 1)
         raise CorecError(f"Run {run!r} has no finished stage{plural} {names}: run {notebooks} with the same parameters first.")
     for name in chain:
-        for earlier, identity in records[name]["made_from"].items():
-            if records[earlier]["identity"] != identity:
+        now = {need: records[need]["identity"] for need in needs(name, settings)}
+        for earlier in sorted({*now, *(made_from := records[name]["made_from"])}):
+            if made_from.get(earlier) != now.get(earlier):
                 again = f"run notebooks/{NOTEBOOKS[name]}.ipynb again."
                 raise CorecError(f"Stage {name!r} of run {run!r} is older than its input {earlier!r}: {again}")
     for name in chain:
@@ -227,14 +238,6 @@ def changed_files(folder: Path, record: dict[str, Any], digests: bool = False) -
             yield f"{path} has changed since stage {record['stage']!r} wrote it"
 
 
-def differences(now: Any, then: Any, name: str = "") -> list[str]:
-    """Describe the values in which two nested mappings differ: ``seed is 1, was 0``."""
-    if isinstance(now, dict) and isinstance(then, dict):
-        keys = [*now, *(key for key in then if key not in now)]
-        return [text for key in keys for text in differences(now.get(key), then.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if now == then else [f"{name} is {now!r}, was {then!r}"]
-
-
 def with_defaults(before: Any, now: dict[str, Any], stage: str) -> Any:
     """Recorded parameters of a stage `before`, completed by the defaults of parameters that later versions have added."""
     if not isinstance(before, dict):
@@ -254,12 +257,12 @@ def check(settings: Params, stage: str) -> str:
     CorecError
         If a stage is missing or outdated (see :func:`require`), or was run with other parameters, which are named.
     """
-    chain = [*ancestors(stage), stage]
+    chain = [*ancestors(stage, settings), stage]
     attach_finished(settings, chain)
-    record = require(settings.run, stage)
+    record = require(settings.run, stage, settings)
     for name in chain:
         now, before = section(settings, name), (read_record(settings.run, name) or {}).get("params")
-        if changed := differences(now, with_defaults(before, now, name)):
+        if changed := checked.differences(now, with_defaults(before, now, name)):
             raise CorecError(
                 f"Stage {name!r} of run {settings.run!r} was made with other parameters ({'; '.join(changed[:4])}): "
                 f"run notebooks/{NOTEBOOKS[name]}.ipynb again, or give the new settings another `run`."
@@ -335,10 +338,10 @@ def start(settings: Params, name: str) -> Stage:
         If a needed stage is missing, outdated, or was run with other parameters (see :func:`check`), or if another process runs
         the stage.
     """
-    attach_finished(settings, ancestors(name))
-    if missing := [need for need in ancestors(name) if read_record(settings.run, need) is None]:
+    attach_finished(settings, before := ancestors(name, settings))
+    if missing := [need for need in before if read_record(settings.run, need) is None]:
         require(settings.run, missing[-1])
-    made_from = {need: check(settings, need) for need in NEEDS[name]}
+    made_from = {need: check(settings, need) for need in needs(name, settings)}
     folder = attach(settings, name)
     made_by = None
     with contextlib.suppress(CorecError):  # no notebooks: a folder of its own, as in tests
@@ -355,7 +358,7 @@ def finished(settings: Params, name: str) -> dict[str, Any] | None:
         check(settings, name)
     except CorecError:  # missing, outdated, damaged, or with other parameters
         return None
-    for each in [*ancestors(name), name]:
+    for each in [*ancestors(name, settings), name]:
         if (read_record(settings.run, each) or {}).get("own_files") != files.digest(own_files(settings, each)):
             return None
     return read_record(settings.run, name)

@@ -80,7 +80,7 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
                 raise CorecError(f"{target.profile}: {fault}")
         for stage in needed(target, settings):
             if (path := record(settings, stage)) not in jobs:
-                needs = tuple(record(settings, need) for need in stages.NEEDS[stage])
+                needs = tuple(record(settings, need) for need in stages.needs(stage, settings))
                 jobs[path] = Job(stage, target, needs, stages.fingerprint(settings, stage))
     for path, job in [each for each in jobs.items() if each[1].stage == "transfer"]:
         settings = job.target.settings()
@@ -92,7 +92,7 @@ def plan(targets: Sequence[Target]) -> dict[str, Job]:
 
 def needed(target: Target, settings: Params) -> list[str]:
     """Stages of a target and those before them, in the order of the notebooks."""
-    names = {name for stage in target.stages or settings.stages for name in (stage, *stages.ancestors(stage))}
+    names = {name for stage in target.stages or settings.stages for name in (stage, *stages.ancestors(stage, settings))}
     return [name for name in stages.NOTEBOOKS if name in names]
 
 

@@ -162,6 +162,13 @@ def test_without_a_transfer_only_the_values_kept_back_are_compared(opened: Ran) 
     assert "## Transfer" not in (folder / "results.md").read_text()
     models = set(pd.read_csv(folder / "unseen.csv")["model"])
     assert models == {"sasrec", "combiner", "rule", "rule+combiner", "corec", *trainings}
+    changes |= {"run": "without-re-ranker", "stages": ["data", "sasrec", "controls", "transfer"]}
+    said = run_cells(sources_of("11_transfer", changes) * 2, opened.folder)
+    assert said.count("look: stage 'transfer' of run 'without-re-ranker'") == 1
+    folder = folder.with_name("without-re-ranker")
+    assert set(pd.read_csv(folder / "unseen.csv")["model"]) == models - {"corec"}
+    of = json.loads((folder / "manifest-transfer.json").read_text())["stages"]
+    assert list(of) == ["data", "sasrec", "controls", "transfer"]
 
 
 def test_the_steering_demonstration_scores_as_the_engine_does(opened: Ran) -> None:

@@ -188,18 +188,23 @@ def test_trainings_without_some_values_are_kept_and_compared(
     own = with_prior(world, prior=False, steps=2, curriculum_steps=2, control="constraints", loss="listwise")
     study = own.study.model_copy(update={"unseen": 0.3})
     own = own.model_copy(update={"study": study, "evaluation": EvaluationParams(bootstrap=20)})
-    found, values = unseen.compare(world.tables, world.examples, own, tmp_path / "stage")
+    chosen = unseen.choose(world.prepared.vocabulary, 0.3, own.seed)
+    kept, other = (np.flatnonzero(mask & (world.prepared.vocabulary.frequency() > 0))[0] for mask in (chosen, ~chosen))
+    request = np.where(np.arange(len(world.pools.window))[:, None] % 2, kept, other)
+    prepared = world.prepared._replace(requests=world.prepared.requests | {("test", 1): request})
+    examples = world.examples._replace(prepared=prepared)
+    found, values = unseen.compare(world.tables, examples, own, tmp_path / "stage")
     cases = ("all values", "never requested", "never seen")
     assert list(found) == [f"{form}, {case}" for form in ("tokens", "words") for case in cases] == list(get_args(UnseenTraining))
     kept_files = sorted((tmp_path / "stage").iterdir())
     assert [path.suffix for path in kept_files] == [".npz"] * 6
     some = ["words, all values", "words, never seen"]
     fewer = own.model_copy(update={"study": StudyParams(unseen=0.3, unseen_trainings=some)})
-    again, _ = unseen.compare(world.tables, world.examples, fewer, tmp_path / "stage")
+    again, _ = unseen.compare(world.tables, examples, fewer, tmp_path / "stage")
     assert list(again) == some
     np.testing.assert_array_equal(*(part["words, never seen"].control for part in (found, again)))
     users = world.tables.windows.set_index("window").loc[world.pools.window, "user"].to_numpy()
-    table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, world.examples, users, own)
+    table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, examples, users, own)
     assert (table[table["model"].isin(["corec", "words, all values", "tokens, all values"])]["ahead"] == 0).all()
     assert set(table["tokens"]) == {"trained", "kept back"} and set(table["n_tokens"]) == {1}
     assert (table["kept_back"] == values.sum()).all()
@@ -207,3 +212,32 @@ def test_trainings_without_some_values_are_kept_and_compared(
     folder.mkdir()
     assert [path.name for path in unseen.keep(table, folder)] == ["unseen.csv", "unseen.png"]
     assert "| `words, never seen` |" in (folder / "results.md").read_text()
+    within = own.model_copy(update={"study": StudyParams(unseen=0.3, unseen_trainings=some, unseen_windows=1)})
+    part, _ = unseen.compare(world.tables, examples, within, tmp_path / "stage")
+    rows = unseen.chosen_windows(request, values, within)
+    assert len(rows) == len(request) // 2 + 1
+    for name in some:
+        assert part[name].control.shape == (len(rows), *again[name].control.shape[1:])
+        np.testing.assert_allclose(part[name].control, again[name].control[rows], atol=1e-4)
+    alone = unseen.judge(part, values, examples, users, within).set_index(["model", "tokens", "metric"])
+    assert (alone["ahead"].loc["words, all values"] == 0).all() and "corec" not in alone.index.get_level_values("model")
+    whole = table.set_index(["model", "tokens", "metric"])["value"]
+    for name in ("rule", *some):
+        assert alone.loc[(name, "kept back", "cp"), "value"] == pytest.approx(whole[name, "kept back", "cp"])
+
+
+def test_windows_with_values_kept_back_are_all_scored_and_of_the_others_some() -> None:
+    values, request = np.array([False, True, False]), np.array([[0], [1], [-1], [2], [0], [1], [0]])
+    rows = unseen.chosen_windows(request, values, Params(study=StudyParams(unseen=0.3, unseen_windows=2)))
+    assert {1, 5} < set(rows) and len(rows) == 4 and 2 not in rows and (np.diff(rows) > 0).all()
+    every = unseen.chosen_windows(request, values, Params(study=StudyParams(unseen=0.3)))
+    np.testing.assert_array_equal(every, range(7))
+
+
+def test_only_a_run_that_transfers_or_has_a_re_ranker_needs_it() -> None:
+    least = ["data", "sasrec", "controls", "transfer"]
+    alone = Params(stages=least, study=StudyParams(transfer_steps=[], unseen=0.3))
+    assert stages.ancestors("transfer", alone) == ["data", "sasrec", "controls"]
+    for study, of in (({"transfer_steps": [20]}, least), ({"source": "ml-1m"}, least), ({}, [*least, "reranker"])):
+        other = Params(stages=of, study=StudyParams(**{"transfer_steps": [], "unseen": 0.3, **study}))
+        assert "reranker" in stages.ancestors("transfer", other)

@@ -56,13 +56,40 @@ def unnamed(items: pd.DataFrame, vocabulary: Vocabulary, values: np.ndarray) -> 
     return items.assign(title=[title(*row) for row in zip(items["title"], vocabulary.values_of[1:], strict=True)])
 
 
+def chosen_windows(request: np.ndarray, values: np.ndarray, params: Params) -> np.ndarray:
+    """Test windows that are scored [rows]: all, or those that ask for one of the values and some of the others.
+
+    Parameters
+    ----------
+    request
+        Requests of one constraint [windows, 1]; -1 where a window has none.
+    values
+        Values that are kept back [values].
+    params
+        Settings of the run. `study.unseen_windows` windows that ask for another value are drawn at random; None takes all.
+    """
+    if params.study.unseen_windows is None:
+        return np.arange(len(request))
+    asks = np.where(request[:, 0] >= 0, np.where(values[request[:, 0]], 1, 2), 0)
+    others = np.random.default_rng([params.seed, 19]).permutation(np.flatnonzero(asks == 2))
+    return np.sort(np.concatenate([np.flatnonzero(asks == 1), others[: params.study.unseen_windows]]))
+
+
+def restricted(examples: Examples, rows: np.ndarray) -> Examples:
+    """The examples with the test windows `rows` only."""
+    prepared = examples.prepared
+    requests = {key: part[rows] if key[0] == "test" else part for key, part in prepared.requests.items()}
+    pools = prepared.pools | {"test": prepared.pools["test"].take(rows)}
+    return examples._replace(prepared=prepared._replace(pools=pools, requests=requests))
+
+
 def scored(tables: Tables, examples: Examples, params: Params, form: str, case: str, values: np.ndarray, folder: Path) -> Scores:
     """Train without some values and score the test requests, which have them; the scores are kept and read if they exist.
 
     Parameters
     ----------
     tables, examples
-        Tables and windows of the run.
+        Tables and windows of the run; of the test windows, those to be scored.
     params
         Settings of the run. The training has the share `study.ablation_share` of its steps and no time limit.
     form
@@ -79,7 +106,7 @@ def scored(tables: Tables, examples: Examples, params: Params, form: str, case: 
     own = params.model_copy(update={"reranker": params.reranker.model_copy(update=less)})
     masked = without(prepared.vocabulary, values)
     pools, requests = prepared.pools["test"], [prepared.requests["test", n] for n in params.controls.n_tokens]
-    record = stages.require(params.run, "reranker")["identity"]
+    record = stages.require(params.run, "controls")["identity"]
     given = [record, stages.section(own, "reranker"), fingerprint(examples)]
     given += [part.tolist() for part in (pools.window, pools.candidates, *requests)]
     if case != ALL:
@@ -103,6 +130,8 @@ def scored(tables: Tables, examples: Examples, params: Params, form: str, case: 
 def compare(tables: Tables, examples: Examples, params: Params, folder: Path) -> tuple[dict[str, Scores], np.ndarray]:
     """Scores of the trainings (:data:`CASES`, with tokens and with words), and the values kept back [values].
 
+    The scored windows are those of :func:`chosen_windows`.
+
     Parameters
     ----------
     tables, examples, params, folder
@@ -122,6 +151,7 @@ def compare(tables: Tables, examples: Examples, params: Params, folder: Path) ->
             f"Parameter study.unseen is {params.study.unseen}: of {len(asked)} test requests, {asked.sum()} ask for one of the "
             f"{values.sum()} values kept back; change it, or set it to 0."
         )
+    examples = restricted(examples, chosen_windows(examples.prepared.requests["test", 1], values, params))
     trainings = {f"{name}, {case}": (form, case) for form, name in FORMS.items() for case in CASES}
     names = params.study.unseen_trainings or trainings
     parts = {
@@ -140,7 +170,8 @@ def judge(
     Parameters
     ----------
     scores
-        Scores by model: those of :func:`compare`, and ``corec``, the re-ranker of the run, which had all values and all steps.
+        Scores by model: those of :func:`compare`, and ``corec``, the re-ranker of the run, which had all values and all steps, if
+        the run has one.
     values
         Values that were kept back [values].
     examples, users, params
@@ -150,10 +181,15 @@ def judge(
     -------
     Columns of :func:`corec.studies.transfer.judge` for requests of one constraint, and ``kept_back``, their number; `tokens` is
     ``trained`` or ``kept back``. `ahead` is the difference from the training in the same form with all values; for ``corec`` and
-    the rankers without a language model, from ``corec``.
+    the rankers without a language model, from ``corec``, or without it from the first training.
     """
+    rows = chosen_windows(examples.prepared.requests["test", 1], values, params)
     base = {name: f"{name.split(', ')[0]}, {ALL}" for name in scores if ", " in name}
-    table = transfer.judge(scores, ~values, examples, users, params, base)
+    if transfer.ANEW in scores:
+        scores = {**scores, transfer.ANEW: Scores(*(part[rows] for part in scores[transfer.ANEW]))}
+    else:
+        base |= dict.fromkeys(transfer.SIMPLE, next(iter(scores)))
+    table = transfer.judge(scores, ~values, restricted(examples, rows), users[rows], params, base)
     table = table[table["tokens"].isin(KINDS)]
     table = table.assign(tokens=table["tokens"].map(KINDS), kept_back=int(values.sum()))
     return table.drop(columns="source").reset_index(drop=True)
