@@ -38,12 +38,13 @@ def unseen_section(folder: Path) -> Iterator[tuple[str, list[str]]]:
     about += f"{first['kept_back']}."
     about += " One choice of these values and one training each; intervals over users."
     yield "Values kept back from training", [about, "", *markdown(header, rows)]
-    rows = [
-        [f"`{model}`", *(AHEAD.format(**of[kind].loc[(model, metric)]) for metric, kind in columns)]
-        for model in names
-        if ", never" in model
-    ]
+    lines = {name: [of[kind].loc[(name, metric)] for metric, kind in columns] for name in names if ", " in name}
+    rows = [[f"`{name}`", *(AHEAD.format(**line) for line in lines[name])] for name in lines if ", never" in name]
     yield "Values kept back, differences from the same training with all values", markdown(header, rows)
+    if "gain" in table:  # tables of earlier versions lack it
+        ends = {"ahead": "gain", "ahead_low": "gain_low", "ahead_high": "gain_high"}
+        rows = [[f"`{name}`", *(AHEAD.format(**{e: line[g] for e, g in ends.items()}) for line in lines[name])] for name in lines]
+        yield f"Values kept back, differences from the order of `{first['over']}`", markdown(header, rows)
 
 
 def saturation_sections(folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -207,11 +207,15 @@ def test_trainings_without_some_values_are_kept_and_compared(
     table = unseen.judge({"corec": found["tokens, never seen"], **found}, values, examples, users, own)
     assert (table[table["model"].isin(["corec", "words, all values", "tokens, all values"])]["ahead"] == 0).all()
     assert set(table["tokens"]) == {"trained", "kept back"} and set(table["n_tokens"]) == {1}
-    assert (table["kept_back"] == values.sum()).all()
+    assert (table["kept_back"] == values.sum()).all() and set(table["over"]) == {"sasrec"}
+    by_model = table.set_index(["model", "tokens", "metric"])
+    gain = by_model["value"] - by_model["value"]["sasrec"].reindex(by_model.index.droplevel("model")).to_numpy()
+    np.testing.assert_allclose(by_model["gain"], gain, atol=1e-9)
     folder = tmp_path / "figures"
     folder.mkdir()
     assert [path.name for path in unseen.keep(table, folder)] == ["unseen.csv", "unseen.png"]
-    assert "| `words, never seen` |" in (folder / "results.md").read_text()
+    page = (folder / "results.md").read_text()
+    assert page.count("| `words, never seen` |") == 3 and "## Values kept back, differences from the order of `sasrec`" in page
     within = own.model_copy(update={"study": StudyParams(unseen=0.3, unseen_trainings=some, unseen_windows=1)})
     part, _ = unseen.compare(world.tables, examples, within, tmp_path / "stage")
     rows = unseen.chosen_windows(request, values, within)

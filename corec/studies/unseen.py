@@ -181,7 +181,8 @@ def judge(
     -------
     Columns of :func:`corec.studies.transfer.judge` for requests of one constraint, and ``kept_back``, their number; `tokens` is
     ``trained`` or ``kept back``. `ahead` is the difference from the training in the same form with all values; for ``corec`` and
-    the rankers without a language model, from ``corec``, or without it from the first training.
+    the rankers without a language model, from ``corec``, or without it from the first training. ``gain gain_low gain_high``: the
+    difference from the order ``over``, that of the combiner, or of SASRec if the examples have no prior.
     """
     rows = chosen_windows(examples.prepared.requests["test", 1], values, params)
     base = {name: f"{name.split(', ')[0]}, {ALL}" for name in scores if ", " in name}
@@ -189,9 +190,13 @@ def judge(
         scores = {**scores, transfer.ANEW: Scores(*(part[rows] for part in scores[transfer.ANEW]))}
     else:
         base |= dict.fromkeys(transfer.SIMPLE, next(iter(scores)))
-    table = transfer.judge(scores, ~values, restricted(examples, rows), users[rows], params, base)
+    judged = partial(transfer.judge, scores, ~values, restricted(examples, rows), users[rows], params)
+    table, over = judged(base), "combiner" if examples.prior else "sasrec"
+    apart = judged(dict.fromkeys(table["model"], over))
+    gain = {f"gain{end}": apart[f"ahead{end}"] for end in ("", "_low", "_high")}
+    table = table.assign(**gain, over=over, kept_back=int(values.sum()))
     table = table[table["tokens"].isin(KINDS)]
-    table = table.assign(tokens=table["tokens"].map(KINDS), kept_back=int(values.sum()))
+    table = table.assign(tokens=table["tokens"].map(KINDS))
     return table.drop(columns="source").reset_index(drop=True)
 
 
@@ -213,11 +218,11 @@ def draw(table: pd.DataFrame) -> Figure:
             part = evaluation.pick(rows, tokens=kind).set_index("model").reindex(shown)
             places, label = np.arange(len(shown)) + 0.2 * (shift - 0.5), f"{kind} ({part['n_users'].iloc[0]} users)"
             axis.errorbar(part[column], places, xerr=error_bars(part, column, ends), fmt="o", color=color, label=label)
-        axis.set(yticks=range(len(shown)), yticklabels=shown)
-        axis.invert_yaxis()
+        axis.set(yticks=range(len(shown)), yticklabels=shown, ylim=(len(shown) - 0.5, -0.5))
     axes[0].set(xlabel=f"CP@{first['k']}, one constraint", xlim=(0, 1.02))
     axes[1].axvline(0, color="0.5", linewidth=1)
     axes[1].set(xlabel="difference from the same training with all values")
-    axes[1].legend(frameon=False, title="requested value")
+    axes[1].locator_params(axis="x", nbins=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title="requested value")
     figure.suptitle(f"{style.title(table)}: {first['kept_back']} values kept back from training", fontsize="medium")
     return figure
