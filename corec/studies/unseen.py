@@ -70,9 +70,9 @@ def chosen_windows(request: np.ndarray, values: np.ndarray, params: Params) -> n
     """
     if params.study.unseen_windows is None:
         return np.arange(len(request))
-    asks = np.where(request[:, 0] >= 0, np.where(values[request[:, 0]], 1, 2), 0)
-    others = np.random.default_rng([params.seed, 19]).permutation(np.flatnonzero(asks == 2))
-    return np.sort(np.concatenate([np.flatnonzero(asks == 1), others[: params.study.unseen_windows]]))
+    asked, kept_back = request[:, 0] >= 0, values[request[:, 0]]
+    others = np.random.default_rng([params.seed, 19]).permutation(np.flatnonzero(asked & ~kept_back))
+    return np.sort(np.concatenate([np.flatnonzero(asked & kept_back), others[: params.study.unseen_windows]]))
 
 
 def restricted(examples: Examples, rows: np.ndarray) -> Examples:
@@ -187,7 +187,7 @@ def judge(
     rows = chosen_windows(examples.prepared.requests["test", 1], values, params)
     base = {name: f"{name.split(', ')[0]}, {ALL}" for name in scores if ", " in name}
     if transfer.ANEW in scores:
-        scores = {**scores, transfer.ANEW: Scores(*(part[rows] for part in scores[transfer.ANEW]))}
+        scores = {**scores, transfer.ANEW: scores[transfer.ANEW].take(rows)}
     else:
         base |= dict.fromkeys(transfer.SIMPLE, next(iter(scores)))
     judged = partial(transfer.judge, scores, ~values, restricted(examples, rows), users[rows], params)
